@@ -1,0 +1,328 @@
+"""job.yaml -> model.job.Job: the only reader of YAML and of the environment.
+
+    job: nightly                        # required: the name it resumes by
+    store: s3://bucket/prefix           # short for a store tier with the defaults; also a directory
+    workers: {nodes: 2..4, min_nodes_to_run: 1, per_node: 1, gpus_per_node: 0, cpus_per_worker: 1}
+    checkpoint:
+      every: auto                       # or 30s, 500 steps, never; what a tier without its own `every` does
+      tiers:
+        - {kind: memory, copies: 2}
+        - {kind: s3, url: s3://bucket/prefix, every: 5m, keep: {last: 3}}
+    recovery: {unwind: 15s, start: 5m, settle: 1s, silent: 5s, attempts_without_progress: 5}
+    deterministic: false
+    seed: 0
+    overhead: 1%                        # of a step, for memory checkpoints with `every: auto`
+    backend: auto                       # or gloo, nccl
+    settings: {lr: 3e-4}                # the program's own, as ctx.settings
+
+Whatever cannot hold is a ConfigError with file, line, key and remedy; nothing else is ever raised. A relative path is
+relative to the file it stands in. Without a store, the directory in $RAY_DR_STORE is used, else ~/.ray_dr/store.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Literal, TypeVar, cast
+from urllib.parse import quote, unquote, urlsplit
+
+from ray_dr.errors import AccessDenied, ConfigError, StoreError, StoreFull
+from ray_dr.model.job import Every, Job, MemoryTier, Recovery, StoreTier, Workers
+from ray_dr.yaml_text import Place, Setting, compose, describe, short
+
+T = TypeVar("T")
+
+STORE_VARIABLE = "RAY_DR_STORE"
+JOB_KEYS = (
+    "job", "store", "workers", "checkpoint", "recovery", "deterministic", "seed", "overhead", "settings", "backend",
+)  # fmt: skip
+WORKER_KEYS = ("nodes", "min_nodes_to_run", "per_node", "gpus_per_node", "cpus_per_worker")
+RECOVERY_KEYS = ("unwind", "start", "settle", "silent", "attempts_without_progress")
+STORE_TIER_KEYS = ("kind", "url", "path", "every", "keep")
+TIER_KINDS = ("memory", "file", "disk", "s3", "store")
+SCHEMES = ("file", "s3", "memory")
+NODES_MAX = 10_000
+
+_NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_-]*(\.[a-zA-Z0-9_-]+)*")
+_RANGE = re.compile(r"(\d{1,9})\s*\.\.\s*(\d{1,9})")
+_PERCENT = re.compile(r"(\d{1,3}(?:\.\d{1,9})?)\s*%")
+
+
+def load(path: str | Path) -> Job:
+    """The job a file describes. Raises ConfigError."""
+    return parse(_read(path), str(path))
+
+
+def parse(text: str, file: str = "job.yaml") -> Job:
+    """The job that `text` describes; `file` is what errors call it and where its relative paths begin."""
+    return _parse(text, file)[0]
+
+
+def check_store(job: Job, path: str | Path | None = None) -> None:
+    """Nothing, when the job's store can be read and written now. Raises ConfigError; with `path` it names the line."""
+    from ray_dr.stores.open import open_store, probe
+
+    try:
+        probe(open_store(job.store.url))
+    except StoreError as error:
+        place = _parse(_read(path), str(path))[1] if path is not None else Place("", 0, "store")
+        raise ConfigError(
+            f"the store {job.store.url} cannot be used: {error}",
+            remedy=_store_remedy(error), key=place.key, file=place.file, line=place.line,
+        ) from error  # fmt: skip
+
+
+def default_store() -> str:
+    """URL of the store of a job that names none: $RAY_DR_STORE, else the local directory ~/.ray_dr/store."""
+    place = Place(f"${STORE_VARIABLE}", 0, "")
+    given = os.environ.get(STORE_VARIABLE, "").strip()
+    return _store_url(given, place) if given else _local_default()
+
+
+def store_is_default(job: Job) -> bool:
+    """Whether the job keeps its checkpoints in the local directory nobody chose."""
+    return job.store.url == _local_default()
+
+
+def _parse(text: str, file: str) -> tuple[Job, Place]:
+    """The job, and where its store is said."""
+    top = Setting(compose(text, file), Place(file, 1, ""))
+    keys = top.sections(JOB_KEYS)
+    if "job" not in keys:
+        Place(file, 1, "job").fail("missing", "give the job a name to resume by: `job: my-run`")
+    workers = _one(keys, "workers", _workers, Workers())
+    memory, store, store_place = _tiers(keys, workers, file)
+    job = Job(
+        name=_job_name(keys["job"]),
+        store=store,
+        workers=workers,
+        memory=memory,
+        recovery=_one(keys, "recovery", _recovery, Recovery()),
+        deterministic=_one(keys, "deterministic", Setting.flag, False),
+        seed=_one(keys, "seed", lambda setting: setting.whole(0, 2**53), 0),
+        overhead=_one(keys, "overhead", _overhead, 0.01),
+        settings=_one(keys, "settings", _settings, {}),
+        backend=_one(keys, "backend", lambda setting: _backend(setting, workers), "auto"),
+    )
+    return job, store_place
+
+
+def _one(keys: Mapping[str, Setting], name: str, read: Callable[[Setting], T], default: T) -> T:
+    return read(keys[name]) if name in keys else default
+
+
+def _job_name(setting: Setting) -> str:
+    name = setting.text()
+    if len(name) > 64 or not _NAME.fullmatch(name):
+        setting.fail(
+            f"{short(name)} is no job name",
+            "use at most 64 of a-z A-Z 0-9 . _ -, beginning with a letter or digit",
+        )
+    return name
+
+
+def _workers(setting: Setting) -> Workers:
+    keys = setting.sections(WORKER_KEYS)
+    least, most = _one(keys, "nodes", _nodes, (1, 1))
+    minimum = _one(keys, "min_nodes_to_run", lambda value: value.whole(1, NODES_MAX), 1)
+    if minimum > least:
+        keys["min_nodes_to_run"].fail(
+            f"{minimum} is more than the {least} it may start with", f"write at most {least}, or raise workers.nodes"
+        )
+    gpus = _one(keys, "gpus_per_node", lambda value: value.whole(0, 1024), 0)
+    per_node = _one(keys, "per_node", lambda value: value.whole(1, 1024), gpus or 1)
+    if gpus % per_node:
+        keys["per_node"].fail(
+            f"{gpus} GPUs cannot be shared evenly by {per_node} workers", f"write a divisor of {gpus}, or leave it out"
+        )
+    cpus = _one(keys, "cpus_per_worker", Setting.positive, 1.0)
+    return Workers(least, most, minimum, per_node, cpus, gpus / per_node)
+
+
+def _nodes(setting: Setting) -> tuple[int, int]:
+    value = setting.scalar()
+    if isinstance(value, int):
+        return (setting.whole(1, NODES_MAX),) * 2
+    span = _RANGE.fullmatch(str(value).strip())
+    if span is None:
+        setting.fail(f"expected a number of nodes, found {describe(setting.node)}", "write 3, or a range: 2..4")
+    least, most = int(span[1]), int(span[2])
+    if least > most:
+        setting.fail(f"the range {least}..{most} is empty", f"write the smaller number first: {most}..{least}")
+    if not 1 <= least <= most <= NODES_MAX:
+        setting.fail(f"{least}..{most} is out of range", f"write numbers from 1 to {NODES_MAX}")
+    return least, most
+
+
+def _recovery(setting: Setting) -> Recovery:
+    keys, standard = setting.sections(RECOVERY_KEYS), Recovery()
+    return Recovery(
+        unwind_s=_one(keys, "unwind", Setting.duration_s, standard.unwind_s),
+        start_s=_one(keys, "start", Setting.duration_s, standard.start_s),
+        settle_s=_one(keys, "settle", lambda value: value.duration_s(least=0.0), standard.settle_s),
+        attempts_without_progress=_one(
+            keys, "attempts_without_progress", lambda value: value.whole(1, 1000), standard.attempts_without_progress
+        ),
+        silent_s=_one(keys, "silent", lambda value: value.duration_s(least=0.1), standard.silent_s),
+    )
+
+
+def _overhead(setting: Setting) -> float:
+    share = _PERCENT.fullmatch(str(setting.scalar()).strip())
+    if share is None:
+        setting.fail(f"{describe(setting.node)} is no percentage", "write a percentage: 1%")
+    if not 0 < float(share[1]) <= 100:
+        setting.fail(f"{share[0]} is out of range", "write more than 0% and at most 100%")
+    return float(share[1]) / 100
+
+
+def _settings(setting: Setting) -> dict[str, str | int | float | bool]:
+    return {name: value.scalar() for name, value in setting.sections(None).items()}
+
+
+def _backend(setting: Setting, workers: Workers) -> Literal["auto", "gloo", "nccl"]:
+    backend = setting.choice(("auto", "gloo", "nccl"))
+    if backend == "nccl" and not workers.gpus_per_worker:
+        setting.fail("nccl needs GPUs and the workers have none", "set workers.gpus_per_node, or write gloo")
+    return cast(Literal["auto", "gloo", "nccl"], backend)
+
+
+# -------------------------------------------------------------------------------------------------------------- tiers
+
+
+def _tiers(keys: Mapping[str, Setting], workers: Workers, file: str) -> tuple[MemoryTier, StoreTier, Place]:
+    """The memory tier, the store tier, and where the store is said."""
+    checkpoint = keys["checkpoint"].sections(("every", "tiers")) if "checkpoint" in keys else {}
+    general = _one(checkpoint, "every", Setting.every, None)
+    # `auto` leaves each tier its own default: for memory the overhead decides, for the store half a minute.
+    every = general if general != Every() else None
+    standard = MemoryTier(every or Every(), min(2, workers.nodes_max))
+    tiers = _one(checkpoint, "tiers", Setting.items, None)
+    stores: list[dict[str, Setting]] = []
+    if tiers is None:
+        memory = standard
+    else:
+        memories, stores = _sort_tiers(tiers)
+        memory = _memory_tier(memories[0], standard, workers) if memories else MemoryTier(Every(seconds=math.inf), 1)
+    if stores and "store" in keys:
+        keys["store"].fail("the store is said twice: here and in checkpoint.tiers", "remove one of them")
+    if stores:
+        return memory, *_store_tier(stores[0], every)
+    url, place = _shorthand(keys, file)
+    return memory, StoreTier(url, every) if every else StoreTier(url), place
+
+
+def _shorthand(keys: Mapping[str, Setting], file: str) -> tuple[str, Place]:
+    if "store" in keys:
+        return _store_url(keys["store"].text(), keys["store"].place), keys["store"].place
+    return default_store(), Place(file, 1, "store")
+
+
+def _sort_tiers(tiers: list[Setting]) -> tuple[list[dict[str, Setting]], list[dict[str, Setting]]]:
+    memories: list[dict[str, Setting]] = []
+    stores: list[dict[str, Setting]] = []
+    for tier in tiers:
+        keys = tier.sections((*STORE_TIER_KEYS, "copies"))
+        if "kind" not in keys:
+            tier.fail("a tier needs a kind", f"write kind: {', '.join(TIER_KINDS)}")
+        same = memories if keys["kind"].choice(TIER_KINDS) == "memory" else stores
+        if same:
+            tier.fail("a second tier of this sort", "keep one memory tier and one store tier")
+        same.append(keys)
+    return memories, stores
+
+
+def _memory_tier(keys: dict[str, Setting], standard: MemoryTier, workers: Workers) -> MemoryTier:
+    _refuse(keys, ("kind", "copies", "every"), "a memory tier")
+    copies = _one(keys, "copies", lambda value: value.whole(1, 2), standard.copies)
+    if copies > workers.nodes_max:
+        keys["copies"].fail(
+            f"{copies} copies need as many nodes, not {workers.nodes_max}",
+            f"write {workers.nodes_max} or raise workers.nodes",
+        )
+    return MemoryTier(_one(keys, "every", Setting.every, standard.every), copies)
+
+
+def _store_tier(keys: dict[str, Setting], every: Every | None) -> tuple[StoreTier, Place]:
+    _refuse(keys, STORE_TIER_KEYS, "a store tier")
+    where = keys.get("url") or keys.get("path")
+    if where is None:
+        keys["kind"].fail("a store tier needs to know where", "add url: s3://bucket/prefix or path: /a/dir")
+    if "url" in keys and "path" in keys:
+        keys["path"].fail("the tier has a url as well", "remove one of them")
+    url = _store_url(where.text(), where.place)
+    kind, scheme = keys["kind"].text(), urlsplit(url).scheme
+    if kind != "store" and scheme != ("s3" if kind == "s3" else "file"):
+        where.fail(f"{url} does not fit kind: {kind}", f"write kind: {'s3' if scheme == 's3' else 'store'}")
+    tier = StoreTier(url)
+    cadence = _one(keys, "every", Setting.every, every or tier.every)
+    return StoreTier(url, cadence, _one(keys, "keep", _keep_last, tier.keep_last)), where.place
+
+
+def _keep_last(setting: Setting) -> int:
+    keys = setting.sections(("last",))
+    return keys["last"].whole(1, 1_000_000) if "last" in keys else StoreTier("").keep_last
+
+
+def _refuse(keys: Mapping[str, Setting], known: Sequence[str], what: str) -> None:
+    for name, setting in keys.items():
+        if name not in known:
+            setting.fail(f"{what} has no such key", f"known keys: {', '.join(known)}")
+
+
+def _store_url(text: str, place: Place) -> str:
+    """The URL of a store; a path becomes an absolute file URL, so that it means the same in every process."""
+    if not text.strip() or not text.isprintable():
+        place.fail(f"{short(text)} is no place for a store", "write s3://bucket/prefix or a directory")
+    try:
+        parts = urlsplit(text)
+    except ValueError as error:
+        place.fail(f"{short(text)} is no URL: {error}", "write s3://bucket/prefix or a directory")
+    if "://" not in text:
+        base = os.path.dirname(place.file) if place.line else ""
+        return _file_url(os.path.abspath(os.path.join(base, os.path.expanduser(text))))
+    if parts.scheme not in SCHEMES:
+        place.fail(f"no store speaks {parts.scheme or 'that'}://", "use one of file://, s3://, memory://")
+    if "@" in parts.netloc:
+        place.fail("credentials do not belong in a store's URL", "use the AWS environment variables or a profile")
+    if parts.scheme == "file" and (parts.netloc or not parts.path.startswith("/")):
+        place.fail(f"{text} has no absolute path", "write file:///a/directory, with three slashes")
+    if parts.scheme != "file" and not parts.netloc:
+        place.fail(f"{text} names no {'bucket' if parts.scheme == 's3' else 'store'}", f"write {parts.scheme}://name")
+    return _file_url(unquote(parts.path), parts.query) if parts.scheme == "file" else text
+
+
+def _file_url(path: str, query: str = "") -> str:
+    return f"file://{quote(os.path.normpath(path))}{'?' if query else ''}{query}"
+
+
+def _local_default() -> str:
+    return _file_url(os.path.abspath(os.path.expanduser(os.path.join("~", ".ray_dr", "store"))))
+
+
+def _store_remedy(error: StoreError) -> str:
+    match error:
+        case AccessDenied():
+            return "check the credentials and their rights: list, read, write, delete"
+        case StoreFull():
+            return "free some space, or write another store"
+        case _ if error.retryable:
+            return "check that its address is right and that it is up, then run again"
+        case _:
+            return "check its address and its rights"
+
+
+# -------------------------------------------------------------------------------------------------------- the text
+
+
+def _read(path: str | Path) -> str:
+    try:
+        return Path(path).read_bytes().decode("utf-8")
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise ConfigError(f"cannot be read: {reason}", remedy="check the path", file=str(path)) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError("is not UTF-8 text", remedy="save it as UTF-8", file=str(path)) from error

@@ -1,0 +1,1 @@
+"""The values: frozen dataclasses, standard library only."""

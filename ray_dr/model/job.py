@@ -1,0 +1,83 @@
+"""A job as a value: what its `job.yaml` says, checked and in base units (seconds, bytes)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True)
+class Workers:
+    """The nodes a job wants.
+
+    nodes_min .. nodes_max   it starts with at least the one and grows to the other
+    min_nodes_to_run         after a loss it goes on with as few as this
+    """
+
+    nodes_min: int = 1
+    nodes_max: int = 1
+    min_nodes_to_run: int = 1
+    per_node: int = 1
+    cpus_per_worker: float = 1.0
+    gpus_per_worker: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Every:
+    """How often: a number of steps, or of seconds, or "auto" (both None): as often as the overhead budget allows."""
+
+    steps: int | None = None
+    seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryTier:
+    """Shared memory of the node agents. `copies` counts the rank's own node: 2 means one more copy on a peer."""
+
+    every: Every = Every()
+    copies: int = 2
+
+
+@dataclass(frozen=True, slots=True)
+class StoreTier:
+    """A store that outlives the nodes. `keep_last` committed checkpoints stay."""
+
+    url: str
+    every: Every = Every(seconds=30.0)
+    keep_last: int = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Recovery:
+    """How a job deals with failure. Times in seconds.
+
+    unwind_s       a surviving worker has this long to leave a broken step before its process is replaced
+    start_s        a new attempt has this long until its first step before it counts as failed
+    settle_s       after a node arrives, wait this long for others before growing
+    attempts_without_progress   this many failed attempts in a row without a new step end the job
+    """
+
+    unwind_s: float = 15.0
+    start_s: float = 300.0
+    settle_s: float = 1.0
+    attempts_without_progress: int = 5
+    silent_s: float = 5.0
+    """A node agent whose report is this old is taken for lost."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One training program's spec. `name` is what it resumes by."""
+
+    name: str
+    store: StoreTier
+    workers: Workers = Workers()
+    memory: MemoryTier = MemoryTier()
+    recovery: Recovery = Recovery()
+    deterministic: bool = False
+    seed: int = 0
+    overhead: float = 0.01
+    """Share of a step's time that memory checkpoints may cost with `every: auto` (0..1)."""
+    settings: dict[str, str | int | float | bool] = field(default_factory=dict)
+    """The program's own values, as `ctx.settings`."""
+    backend: Literal["auto", "gloo", "nccl"] = "auto"

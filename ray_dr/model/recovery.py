@@ -1,0 +1,487 @@
+"""The vocabulary of one job's life: states, events and actions as closed unions of frozen values.
+
+Identifiers are strings given by the host: a *node* is Ray's node id, a *worker* is `<node>/<slot>.<incarnation>`; a
+worker's identifier is never used again. `at` is UTC seconds and comes in with the event: nothing in here reads a clock.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Literal
+
+from ray_dr.model.checkpoint import VersionId
+
+# ---------------------------------------------------------------------------------------------------- parts of a state
+
+
+class FailureKind(StrEnum):
+    """What broke. The type checker lists the places to extend."""
+
+    NODE_LOST = "node_lost"
+    WORKER_LOST = "worker_lost"
+    GROUP_BROKEN = "group_broken"
+    """A collective failed and nobody is known to have died."""
+    USER_ERROR = "user_error"
+    START_TIMEOUT = "start_timeout"
+
+
+@dataclass(frozen=True, slots=True)
+class Incident:
+    """One failure, from detection to resolution. `subject` is the node or worker it began with."""
+
+    number: int
+    kind: FailureKind
+    subject: str
+    at: float
+    step: int
+    """The last step known to be done when it happened."""
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A node with a live agent, and its workers.
+
+    starting       how many processes were asked for and are not ready yet
+    ready          those that are up, idle or in the group, in the order they came up
+    lost           those that ended, newest last, a bounded number: a late or repeated word about one is recognised
+    failed_starts  processes in a row that ended before they were ready
+    """
+
+    id: str
+    starting: int = 0
+    ready: tuple[str, ...] = ()
+    lost: tuple[str, ...] = ()
+    failed_starts: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The workers of one attempt in rank order, and the version they began from (None: from scratch)."""
+
+    attempt: int
+    members: tuple[str, ...]
+    restore: VersionId | None
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """What the job's owner allows; see model.job for the meaning and the units."""
+
+    nodes_min: int
+    nodes_max: int
+    min_nodes_to_run: int
+    workers_per_node: int
+    unwind_s: float
+    start_s: float
+    settle_s: float
+    attempts_without_progress: int
+
+
+# -------------------------------------------------------------------------------------------------------------- states
+
+
+@dataclass(frozen=True, slots=True)
+class Queued:
+    """Waits for `nodes_min` nodes to have all their workers ready, for the first time in this supervisor's life.
+
+    asked   the nodes are there, and the host looks for what there is to restore (incident 0)
+    """
+
+    asked: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Starting:
+    """A group is forming: processes join, restore and run their first step."""
+
+    group: Group
+    since: float
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """Steps are being done."""
+
+    group: Group
+
+
+@dataclass(frozen=True, slots=True)
+class Resizing:
+    """The group was asked to stop at a common step, so that it can go on with other members and lose nothing."""
+
+    group: Group
+    stopped: tuple[str, ...]
+    """Members that have stopped, so far."""
+    since: float
+    at_step: int | None = None
+    """The common step, known once the first member has stopped."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recovering:
+    """The group is broken: survivors leave the step, and the host looks for the newest complete version.
+
+    unwinding   members that have not yet left the broken step
+    found       None until the inventory is in; then the version to go on from ("scratch" when there is none)
+    """
+
+    incident: Incident
+    unwinding: tuple[str, ...]
+    found: VersionId | Literal["scratch"] | None
+    since: float
+    attempt: int = 0
+    """The attempt that broke."""
+
+
+@dataclass(frozen=True, slots=True)
+class Suspended:
+    """Fewer than `min_nodes_to_run` nodes: waits for capacity. The state lies in memory and in the store."""
+
+    incident: Incident | None
+    since: float
+    asked: bool = False
+    """Capacity is back, and the host looks for the newest version."""
+
+
+@dataclass(frozen=True, slots=True)
+class Draining:
+    """Asked to stop: the group stops at a common step and saves everywhere before the job ends as drained.
+
+    group     None when there is no group that could stop: then the newest version found is what gets saved
+    saving    the version being saved, once it is known
+    deadline  UTC seconds; then the job ends, saved or not
+    """
+
+    group: Group | None
+    stopped: tuple[str, ...]
+    deadline: float
+    at_step: int | None = None
+    saving: VersionId | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Finishing:
+    """Every member's `train` returned; the last checkpoint is being committed."""
+
+    group: Group
+    since: float
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """Over, and well. `drained`: stopped on request, running it again goes on."""
+
+    drained: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """Over, and not well. `resubmit`: whether running it again can help."""
+
+    reason: str
+    resubmit: bool
+
+
+Phase = (
+    Queued | Starting | Running | Resizing | Recovering | Suspended | Draining | Finishing | Finished | Failed
+)
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """All that decisions about one job need to know.
+
+    attempt      number of the newest group ever formed (0: none)
+    step         newest step known to be done, ever
+    failures     failed attempts in a row without a new step
+    reached      `step` as it was when the last attempt failed: only going beyond it is progress
+    first_cause  what the row of failures began with, in words
+    last_error   normalised text and step of the last user error, to recognise the same one
+    done         members of the current group whose `train` returned
+    changed_at   when a worker last became ready or a node last came or went
+    order        members of the newest group in rank order: who survives keeps this order
+    asks         how often the host was asked for an inventory
+    retry_at     when to ask again for what was refused or never answered (an inventory, nodes); None: nothing is open
+    """
+
+    phase: Phase
+    nodes: tuple[Node, ...] = ()
+    attempt: int = 0
+    step: int = 0
+    incidents: int = 0
+    failures: int = 0
+    last_error: tuple[str, int] | None = None
+    done: tuple[str, ...] = ()
+    changed_at: float = 0.0
+    requested: int = 0
+    """Nodes asked of the autoscaler and not all here yet; 0: nothing is asked."""
+    order: tuple[str, ...] = ()
+    reached: int = 0
+    first_cause: str = ""
+    asks: int = 0
+    retry_at: float | None = None
+
+
+# -------------------------------------------------------------------------------------------------------------- events
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A supervisor began with term `term`; `attempt` is the highest one any record or any agent knows of."""
+
+    at: float
+    term: int
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class NodeJoined:
+    """A node's agent is up. `workers`: those that live there already, because they outlived a supervisor."""
+
+    at: float
+    node: str
+    workers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class NodeLost:
+    """A node's agent is gone: closed connection, silence, or Ray's word."""
+
+    at: float
+    node: str
+    how: str
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerReady:
+    """A worker's process is up, its imports done; it waits for a group."""
+
+    at: float
+    worker: str
+    node: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLost:
+    """A worker's process is gone."""
+
+    at: float
+    worker: str
+    node: str
+    how: str
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerRaised:
+    """`train` left by an exception. `collateral`: a collective failed because of somebody else.
+
+    error   the normalised exception: type and message without addresses, ranks and numbers
+    """
+
+    at: float
+    worker: str
+    attempt: int
+    error: str
+    collateral: bool
+    step: int
+    unreadable: bool = False
+    """No copy of the version that was to be restored is whole: an older one has to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStopped:
+    """A worker left `train` on request: at the common step of a stop, or out of a broken step (`step`: its last)."""
+
+    at: float
+    worker: str
+    attempt: int
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerReturned:
+    """`train` returned."""
+
+    at: float
+    worker: str
+    attempt: int
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class FirstStep:
+    """All members have done the attempt's first step."""
+
+    at: float
+    attempt: int
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class InventoryTaken:
+    """The newest version that can be restored from what is alive or stored; None: there is none.
+
+    ask   of the TakeInventory this answers. 0: the host has one search at a time, so it is the newest
+    """
+
+    at: float
+    incident: int
+    newest: VersionId | None
+    ask: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """The version at `step` is committed to every store."""
+
+    at: float
+    attempt: int
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class StopRequested:
+    """Somebody asks the job to stop and to keep its state, within `within_s` seconds."""
+
+    at: float
+    within_s: float
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class FencedOff:
+    """A supervisor of a newer term owns the job."""
+
+    at: float
+    newest_term: int
+
+
+@dataclass(frozen=True, slots=True)
+class ActionFailed:
+    """The host could not carry out an action: its class name, and the node or worker it was about, if any."""
+
+    at: float
+    action: str
+    error: str
+    subject: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Adopted:
+    """Found by a new supervisor: these members are running this attempt, and `step` is the last they have done.
+
+    NodeJoined and WorkerReady of those alive come before it.
+    """
+
+    at: float
+    group: Group
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time passes."""
+
+    at: float
+
+
+Event = (
+    Opened | NodeJoined | NodeLost | WorkerReady | WorkerLost | WorkerRaised | WorkerStopped | WorkerReturned
+    | FirstStep | InventoryTaken | Saved | StopRequested | FencedOff | ActionFailed | Adopted | Tick
+)  # fmt: skip
+
+# ------------------------------------------------------------------------------------------------------------- actions
+
+
+@dataclass(frozen=True, slots=True)
+class StartWorkers:
+    """Start `count` worker processes on a node."""
+
+    node: str
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class RequestNodes:
+    """Ask the autoscaler to have `count` nodes for this job in all."""
+
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReleaseNode:
+    """Give a node back: its agent and workers end."""
+
+    node: str
+
+
+@dataclass(frozen=True, slots=True)
+class AbortGroup:
+    """Unblock the members of an attempt: their collectives are aborted and `train` is left."""
+
+    attempt: int
+    members: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class KillWorker:
+    """End a worker's process: it did not leave a broken step in time."""
+
+    worker: str
+
+
+@dataclass(frozen=True, slots=True)
+class TakeInventory:
+    """Find the newest version that can be restored. The answer repeats both numbers; a newer ask replaces an older."""
+
+    incident: int
+    ask: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class FormGroup:
+    """Start an attempt."""
+
+    group: Group
+
+
+@dataclass(frozen=True, slots=True)
+class StopGroup:
+    """Ask the members to stop at a common step. `everywhere`: and to save to every store, not only to memory."""
+
+    attempt: int
+    everywhere: bool
+
+
+@dataclass(frozen=True, slots=True)
+class SaveFinal:
+    """Commit the version the group stopped or ended at to every store."""
+
+    attempt: int
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class CloseJob:
+    """End every agent and worker, withdraw requests for nodes, record the outcome."""
+
+    outcome: Literal["finished", "drained", "failed", "fenced"]
+
+
+Action = (
+    StartWorkers | RequestNodes | ReleaseNode | AbortGroup | KillWorker | TakeInventory | FormGroup | StopGroup
+    | SaveFinal | CloseJob
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What follows from an event: the next state, what to do, and why, in words."""
+
+    state: State
+    actions: tuple[Action, ...]
+    reason: str
