@@ -1,0 +1,1 @@
+"""Stores: names -> bytes. The object-store client lives here and nowhere else."""

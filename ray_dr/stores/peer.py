@@ -1,0 +1,89 @@
+"""Reading parts from another node agent's memory: a run of a part's stream per request, into the caller's memory."""
+
+from __future__ import annotations
+
+import queue
+from dataclasses import dataclass
+from typing import Literal
+
+from ray_dr.errors import NotFound, StoreError
+from ray_dr.model import codec
+from ray_dr.model.checkpoint import VersionId
+from ray_dr.stores.wire import Connection, Header, connect
+
+ANSWER_S = 30.0
+
+
+class PeerReader:
+    """Reads from one agent. Thread-safe: each concurrent request has a connection of its own, kept for the next."""
+
+    def __init__(self, address: str, token: bytes) -> None:
+        self.address, self._token = address, token
+        self._idle: queue.SimpleQueue[Connection] = queue.SimpleQueue()
+        self._all: list[Connection] = []
+
+    def part(self, version: VersionId, rank: int) -> Header:
+        """The description of a part it holds, as `checkpoint.described` reads it. Raises NotFound."""
+        header, _ = self._ask({"op": "part", "version": codec.to_json(version), "rank": rank}, None)
+        return dict(header["part"])
+
+    def place(self, version: VersionId, rank: int) -> tuple[str, int] | None:
+        """(path, offset) to map, for a process on the agent's own node; None when it lies in no shared memory."""
+        header, _ = self._ask({"op": "place", "version": codec.to_json(version), "rank": rank}, None)
+        return (str(header["path"]), int(header["offset"])) if header["path"] else None
+
+    def source(self, version: VersionId, rank: int) -> PeerSource:
+        """A source of this part's bytes."""
+        return PeerSource(self, version, rank)
+
+    def read(self, version: VersionId, rank: int, start: int, into: memoryview) -> None:
+        """Fill `into` from the part's stream at `start`."""
+        header = {"op": "read", "version": codec.to_json(version), "rank": rank, "start": start, "size": len(into)}
+        self._ask(header, into)
+
+    def close(self) -> None:
+        for connection in self._all:
+            connection.close()
+
+    def _ask(self, header: Header, into: memoryview | None) -> tuple[Header, int]:
+        connection = self._borrow()
+        try:
+            answer, size = connection.request(header)
+            if into is not None:
+                if size != len(into):
+                    raise StoreError(f"{self.address} sent {size} bytes where {len(into)} were asked for")
+                connection.read_into(into)
+        except StoreError as error:
+            connection.close()
+            if "does not hold" in str(error):
+                raise NotFound(str(error)) from error
+            raise
+        self._idle.put(connection)
+        return answer, size
+
+    def _borrow(self) -> Connection:
+        try:
+            return self._idle.get_nowait()
+        except queue.Empty:
+            connection = connect(self.address, self._token)
+            connection.timeout(ANSWER_S)
+            self._all.append(connection)
+            return connection
+
+
+@dataclass(frozen=True, slots=True)
+class PeerSource:
+    """One part in another agent's memory."""
+
+    reader: PeerReader
+    version: VersionId
+    rank: int
+    kind: Literal["memory", "peer", "store"] = "peer"
+
+    @property
+    def name(self) -> str:
+        return f"peer {self.reader.address}"
+
+    def read(self, rank: int, start: int, into: memoryview) -> None:
+        """Fill `into` from the stream at `start`."""
+        self.reader.read(self.version, rank, start, into)

@@ -1,0 +1,171 @@
+"""The S3 store against a server that misbehaves."""
+
+from __future__ import annotations
+
+import random
+import time
+import uuid
+from collections.abc import Iterator
+
+import pytest
+
+from ray_dr.errors import AccessDenied, AlreadyExists, StoreError, StoreFull, StoreUnavailable
+from ray_dr.stores import s3
+from ray_dr.stores.open import open_store, probe
+from ray_dr.stores.retrying import Retry, Retrying
+from ray_dr.stores.s3 import Bucket, S3Store
+from tests.s3_server import S3Server
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
+    with S3Server() as running:
+        for name, value in running.environment.items():
+            monkeypatch.setenv(name, value)
+        yield running
+
+
+def bare(server: S3Server, **options: object) -> S3Store:
+    endpoint = f"http://127.0.0.1:{server.port}"
+    return S3Store(Bucket("b", "p", endpoint, "us-east-1"), **options)  # type: ignore[arg-type]
+
+
+def retried(server: S3Server) -> Retrying:
+    return Retrying(bare(server), Retry(), rng=random.Random(0), sleep=lambda _: None)
+
+
+@pytest.mark.parametrize(
+    ("answer", "error"),
+    [
+        ("503 SlowDown", StoreUnavailable),
+        ("500 InternalError", StoreUnavailable),
+        ("429 TooManyRequests", StoreUnavailable),
+        ("409 ConditionalRequestConflict", StoreUnavailable),
+        ("400 RequestTimeout", StoreUnavailable),
+        ("403 AccessDenied", AccessDenied),
+        ("403 RequestTimeTooSkewed", AccessDenied),
+        ("400 ExpiredToken", AccessDenied),
+        ("507 InsufficientStorage", StoreFull),
+        ("403 QuotaExceeded", StoreFull),
+        ("404 NoSuchBucket", StoreError),
+        ("501 NotImplemented", StoreError),
+        ("400 Odd", StoreError),
+        ("412 PreconditionFailed", AlreadyExists),
+    ],
+)
+def test_each_refusal_becomes_its_error_after_one_request(
+    server: S3Server, answer: str, error: type[StoreError]
+) -> None:
+    store = bare(server)
+    server.plan(answer, method="PUT")
+    with pytest.raises(error) as caught:
+        store.put("k", b"x")
+    assert type(caught.value) is error
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("fault", ["503 SlowDown", "drop", "apply_then_drop"])
+def test_a_retried_conditional_put_knows_its_own_work(server: S3Server, fault: str) -> None:
+    store = retried(server)
+    server.plan(fault, method="PUT", times=2)
+    store.put("k", b"mine", if_absent=True)
+    assert store.get("k") == b"mine"
+    with pytest.raises(AlreadyExists):
+        store.put("k", b"other", if_absent=True)
+
+
+def test_an_answer_that_breaks_off_is_read_again(server: S3Server) -> None:
+    data = random.Random(1).randbytes(3_000_000)
+    retried(server).put("k", data)
+    server.plan("cut", method="GET", amount=1_234_567, times=2)
+    with pytest.raises(StoreUnavailable):
+        bare(server).get("k")
+    room = bytearray(len(data))
+    retried(server).readinto("k", memoryview(room))
+    assert room == data
+
+
+def test_a_server_that_hangs_is_given_up_in_bounded_time(server: S3Server) -> None:
+    store = bare(server, io_timeout_s=0.3)
+    server.plan("delay", method="GET", amount=5.0)
+    began = time.monotonic()
+    with pytest.raises(StoreUnavailable):
+        store.get("k")
+    assert time.monotonic() - began < 3.0
+
+
+def test_a_server_that_is_gone_is_unavailable(server: S3Server) -> None:
+    store = S3Store(Bucket("b", "", "http://127.0.0.1:1", "us-east-1"))
+    with pytest.raises(StoreUnavailable):
+        store.put("k", b"x")
+
+
+def test_wrong_credentials_are_refused_with_a_remedy(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    with pytest.raises(AccessDenied, match="check key"):
+        probe(open_store(server.url("b")))
+    assert server.objects == {}
+
+
+def test_missing_credentials_are_named(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in server.environment:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/dev/null")
+    monkeypatch.setenv("AWS_CONFIG_FILE", "/dev/null")
+    with pytest.raises(AccessDenied, match="AWS_ACCESS_KEY_ID"):
+        bare(server).get("k")
+
+
+def test_a_signed_payload_is_accepted_too(server: S3Server) -> None:
+    store = open_store(server.url("b") + "&payload=signed")
+    store.put("k", b"x" * 3_000_000)
+    assert store.get("k", start=2_999_990) == b"x" * 10
+
+
+def test_a_failed_part_aborts_the_whole_upload(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(s3, "MULTIPART_FROM_BYTES", 8)
+    monkeypatch.setattr(s3, "PART_BYTES", 3)
+    store = bare(server)
+    server.plan("503 SlowDown", method="PUT")
+    with pytest.raises(StoreUnavailable):
+        store.put("k", b"0123456789")
+    assert (server.objects, server.uploads) == ({}, {})
+    retried(server).put("k", b"0123456789")
+    assert store.get("k") == b"0123456789"
+
+
+def test_many_keys_come_in_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    with S3Server(page=3) as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        store = bare(server)
+        for number in range(10):
+            store.put(f"k/{number}", b"")
+        server.requests.clear()
+        assert [entry.key for entry in store.list("k/")] == [f"k/{number}" for number in range(10)]
+        assert len(server.requests) == 4
+
+
+def test_the_probe_refuses_a_server_that_ignores_conditions(monkeypatch: pytest.MonkeyPatch) -> None:
+    with S3Server(conditional=False) as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(StoreError, match="put-if-absent"):
+            probe(open_store(server.url(f"b-{uuid.uuid4().hex}")))
+        assert server.objects == {}
+
+
+def test_the_url_holds_no_secret(server: S3Server) -> None:
+    assert bare(server).url == "s3://b/p"
+
+
+def test_a_connection_is_used_again(server: S3Server) -> None:
+    store = bare(server)
+    store.put("k", b"x" * 100_000)
+    room = bytearray(100_000)
+    pool = store._client._endpoint.http_session._manager
+    for _ in range(5):
+        store.readinto("k", memoryview(room))
+    made = [connections.num_connections for connections in pool.pools._container.values()]
+    assert made == [1]
