@@ -1,0 +1,94 @@
+"""Chunks: runs of bytes named by their BLAKE3 hash. What is read is always checked against its name."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+
+from blake3 import blake3
+
+from ray_dr.errors import CorruptChunk, ObjectTooShort
+from ray_dr.model.checkpoint import Chunk
+from ray_dr.repository.layout import chunk_key
+from ray_dr.stores.base import Buffer, Store
+
+KNOWN_LIMIT = 2**16
+"""Keys remembered: a save of 512 GiB in whole chunks, about 18 MB of memory."""
+
+
+class KnownChunks:
+    """Keys of chunks that this process saw arrive in a store; the least recently used are forgotten. Thread-safe."""
+
+    def __init__(self, limit: int = KNOWN_LIMIT) -> None:
+        self._limit = limit
+        self._keys: OrderedDict[str, None] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def __contains__(self, key: str) -> bool:
+        with self._lock:
+            if key not in self._keys:
+                return False
+            self._keys.move_to_end(key)
+            return True
+
+    def add(self, key: str) -> None:
+        with self._lock:
+            self._keys[key] = None
+            self._keys.move_to_end(key)
+            if len(self._keys) > self._limit:
+                self._keys.popitem(last=False)
+
+    def discard(self, key: str) -> None:
+        """Forget a key: its copy turned out to be missing or bad, and shall be sent again."""
+        with self._lock:
+            self._keys.pop(key, None)
+
+
+def chunk_id(data: Buffer) -> str:
+    """Hex BLAKE3 of the bytes: the chunk's name."""
+    return str(blake3(data).hexdigest())
+
+
+def put_chunk(store: Store, job: str, chunk: Chunk, data: Buffer, *, known: KnownChunks) -> bool:
+    """Store a chunk whose id the caller has computed. False: this save had put it already, nothing was sent.
+
+    The put is unconditional: same name, same bytes; and a copy that was damaged is thereby repaired.
+    """
+    key = chunk_key(job, chunk)
+    if key in known:
+        return False
+    store.put(key, data)
+    known.add(key)
+    return True
+
+
+def get_chunk(store: Store, job: str, chunk: Chunk) -> bytes:
+    """A chunk's bytes, verified. Raises NotFound; CorruptChunk when they do not match the id."""
+    data = store.get(chunk_key(job, chunk))
+    _verify(store, job, chunk, data)
+    return data
+
+
+def read_chunk_into(store: Store, job: str, chunk: Chunk, into: memoryview) -> None:
+    """Fill `into` (chunk.size bytes) straight from the store, and verify. Raises NotFound, CorruptChunk.
+
+    After CorruptChunk the contents of `into` are undefined: the caller reads another copy over them.
+    """
+    assert into.nbytes == chunk.size, f"{into.nbytes} bytes given for a chunk of {chunk.size}"
+    try:
+        store.readinto(chunk_key(job, chunk), into)
+    except ObjectTooShort as error:
+        raise CorruptChunk(chunk.id, source=_source(store, job, chunk)) from error
+    _verify(store, job, chunk, into)
+
+
+def _verify(store: Store, job: str, chunk: Chunk, data: Buffer) -> None:
+    if chunk_id(data) != chunk.id:
+        raise CorruptChunk(chunk.id, source=_source(store, job, chunk))
+
+
+def _source(store: Store, job: str, chunk: Chunk) -> str:
+    return f"{store.url}/{chunk_key(job, chunk)}"

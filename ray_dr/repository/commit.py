@@ -1,0 +1,268 @@
+"""The commit log: which checkpoints a job has, and whose word counts.
+
+Theory of operation. A job's log is a row of objects numbered 1, 2, 3, ..., each put once, by put-if-absent at the next
+free number. There are three kinds:
+
+    term        a supervisor takes the job: its term is higher than every term before
+    checkpoint  a manifest: with this put, and not before, the checkpoint exists
+    kept        the manifests that pruning leaves; it stands for everything before it
+
+Whoever appends has read everything before the number at which it writes, so a put that succeeds was decided in full
+knowledge: of two writers one gets the number, the other reads the winner's entry and decides anew. A checkpoint or kept
+entry whose term is lower than the highest term before it is void. A supervisor that finds a higher term than its own is
+fenced: it can never again commit, because each number it could take comes after that term entry. One conditional put is
+thus both the commit and the fence, and needs no clock.
+
+Checkpoints are appended in ascending order of version, and only while every part list whose chunks they reuse is
+named by a checkpoint that still exists: pruning needs no more than that (see `prune`).
+
+Each entry carries the hash of its own contents. A damaged entry is skipped; as it may have been a term entry, the
+next term is chosen higher by as many as there are damaged entries, so that no term is ever given out twice. Old entries
+stay: numbers are never reused (per checkpoint about a kilobyte per rank; reading stops at the newest `kept` entry).
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import uuid
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+from blake3 import blake3
+
+from ray_dr.errors import AlreadyExists, Fenced, NotFound, StoreError, StoreUnavailable
+from ray_dr.model.checkpoint import Manifest
+from ray_dr.model.codec import from_json, to_json
+from ray_dr.repository.layout import log_key, log_prefix, log_seq
+from ray_dr.stores.base import Store
+
+FORMAT = 1
+APPEND_TRIES = 1000
+"""Numbers lost to other writers before an append gives up."""
+_READERS = 16
+_BATCH = 64
+
+
+@dataclass(frozen=True, slots=True)
+class TermEntry:
+    """`nonce` makes the entry's bytes the writer's own: so a repeated put can tell that it had already succeeded."""
+
+    term: int
+    owner: str
+    at: float
+    nonce: str
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointEntry:
+    manifest: Manifest
+
+
+@dataclass(frozen=True, slots=True)
+class KeptEntry:
+    """After pruning: the highest term so far and the manifests that are left, oldest first."""
+
+    term: int
+    highest: int
+    manifests: tuple[Manifest, ...]
+    damaged: int = 0
+
+
+Entry = TermEntry | CheckpointEntry | KeptEntry
+_KINDS: dict[str, type[Entry]] = {"term": TermEntry, "checkpoint": CheckpointEntry, "kept": KeptEntry}
+_NAMES = {kind: name for name, kind in _KINDS.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class LogView:
+    """The log up to and with number `tail` (0: empty). `damaged`: entries that could not be read."""
+
+    tail: int = 0
+    term: int = 0
+    checkpoints: tuple[Manifest, ...] = ()
+    damaged: int = 0
+
+
+def extend(view: LogView, entry: Entry | None) -> LogView:
+    """The view after one more entry; None stands for a damaged one. Void entries change nothing but the tail."""
+    view = replace(view, tail=view.tail + 1)
+    match entry:
+        case None:
+            return replace(view, damaged=view.damaged + 1)
+        case TermEntry():
+            return replace(view, term=max(view.term, entry.term))
+        case CheckpointEntry() if entry.manifest.term >= view.term:
+            return replace(view, checkpoints=(*view.checkpoints, entry.manifest))
+        case KeptEntry() if entry.term >= view.term and entry.highest >= view.term:
+            return replace(view, term=entry.highest, checkpoints=entry.manifests, damaged=entry.damaged)
+        case _:
+            return view
+
+
+def too_late(manifest: Manifest, view: LogView) -> str:
+    """Why a checkpoint may not be appended to the log as seen; empty when it may. `prune` relies on both reasons."""
+    newest = max((known.version for known in view.checkpoints), default=None)
+    if newest is not None and manifest.version <= newest:
+        return f"step {manifest.version.step} of attempt {manifest.version.attempt} is not newer than {newest}"
+    named = {ref.digest for known in view.checkpoints for ref in known.parts}
+    if any(ref.base and ref.base not in named for ref in manifest.parts):
+        return f"step {manifest.version.step} reuses chunks of a checkpoint that was dropped meanwhile"
+    return ""
+
+
+def encode(entry: Entry) -> bytes:
+    """An entry's bytes: one JSON object with sorted keys that carries the hash of the rest as `digest`."""
+    body: dict[str, Any] = {"entry": _NAMES[type(entry)], "format": FORMAT, **to_json(entry)}
+    return _dump({**body, "digest": _digest(body)})
+
+
+def decode(data: bytes) -> Entry | None:
+    """The entry, None when its bytes are damaged. Raises StoreError for a format this version doesn't know."""
+    try:
+        body = json.loads(data)
+        digest = body.pop("digest")
+    except (ValueError, AttributeError, TypeError, KeyError):
+        return None
+    if digest != _digest(body):
+        return None
+    if body.pop("format") != FORMAT:
+        raise StoreError("the commit log is of a newer format; use a newer ray_dr")
+    try:
+        entry: Entry = from_json(_KINDS[body.pop("entry")], body)
+    except (ValueError, KeyError) as error:
+        raise StoreError(f"the commit log has an entry that this version does not know ({error})") from error
+    return entry
+
+
+class CommitLog:
+    """One job's log in one store, with the part that was read kept in memory. Thread-safe."""
+
+    def __init__(self, store: Store, job: str) -> None:
+        self._store = store
+        self._job = job
+        self._view: LogView | None = None
+        self._lock = threading.RLock()
+        log_prefix(job)  # refuses a bad name early
+
+    def take_term(self, owner: str, at: float) -> int:
+        """Take the job: the new term, higher than any before. `at` is UTC seconds."""
+        with self._lock:
+            nonce = uuid.uuid4().hex
+            view = self.refresh()
+            for _ in range(APPEND_TRIES):
+                term = view.term + view.damaged + 1
+                if self._put(view, TermEntry(term, owner, at, nonce)):
+                    return term
+                view = self.refresh()
+            raise self._contended()
+
+    def commit(self, manifest: Manifest) -> Manifest:
+        """Make a checkpoint exist; the manifest that stands for its version: this one, or one committed before.
+
+        Raises Fenced when the job has a newer owner, StoreError when the checkpoint came too late: a newer one exists,
+        or one whose chunks it reuses was dropped. Then the next save goes on.
+        """
+        with self._lock:
+            view = self._view or self.refresh()
+            for _ in range(APPEND_TRIES):
+                self._require_term(manifest.term, view)
+                if there := [known for known in view.checkpoints if known.version == manifest.version]:
+                    return there[-1]
+                if why := too_late(manifest, view):
+                    raise StoreError(why, key=log_prefix(self._job))
+                if self._put(view, CheckpointEntry(manifest)):
+                    return manifest
+                view = self.refresh()
+            raise self._contended()
+
+    def keep(self, manifests: Sequence[Manifest], *, term: int, seen: LogView) -> bool:
+        """Leave only `manifests`, decided on the log as `seen`. False: the log has grown since, decide anew."""
+        with self._lock:
+            self._require_term(term, seen)
+            if self._put(seen, KeptEntry(term, seen.term, tuple(manifests), seen.damaged)):
+                return True
+            self._require_term(term, self.refresh())
+            return False
+
+    def checkpoints(self) -> tuple[Manifest, ...]:
+        """All checkpoints that exist, oldest first."""
+        return self.refresh().checkpoints
+
+    def newest(self) -> Manifest | None:
+        """The checkpoint committed last."""
+        return (self.checkpoints() or (None,))[-1]
+
+    def term(self) -> int:
+        """The highest term; 0 when nobody ever took the job."""
+        return self.refresh().term
+
+    def refresh(self) -> LogView:
+        """Read what was appended since the last time."""
+        with self._lock:
+            view = self._view or self._load()
+            while (data := self._read(view.tail + 1)) is not None:
+                view = extend(view, decode(data))
+            self._view = view
+            return view
+
+    def _put(self, view: LogView, entry: Entry) -> bool:
+        try:
+            self._store.put(log_key(self._job, view.tail + 1), encode(entry), if_absent=True)
+        except AlreadyExists:
+            return False
+        self._view = extend(view, entry)
+        return True
+
+    def _load(self) -> LogView:
+        """Read the log backwards, in batches, to the newest `kept` entry that counts, and fold it from there."""
+        found = [log_seq(entry.key) for entry in self._store.list(log_prefix(self._job))]
+        last = max((seq for seq in found if seq is not None), default=0)
+        entries: dict[int, Entry | None] = {}
+        with ThreadPoolExecutor(_READERS, thread_name_prefix="log") as pool:
+            for high in range(last, 0, -_BATCH):
+                numbers = range(max(1, high - _BATCH + 1), high + 1)
+                entries.update(zip(numbers, pool.map(self._entry, numbers), strict=True))
+                if any(isinstance(entry, KeptEntry) for entry in entries.values()):
+                    break
+        first = _first_needed(entries)
+        view = LogView(tail=first - 1)
+        for seq in range(first, last + 1):
+            view = extend(view, entries[seq])
+        return view
+
+    def _entry(self, seq: int) -> Entry | None:
+        data = self._read(seq)
+        return None if data is None else decode(data)
+
+    def _read(self, seq: int) -> bytes | None:
+        try:
+            return self._store.get(log_key(self._job, seq))
+        except NotFound:
+            return None
+
+    def _require_term(self, mine: int, view: LogView) -> None:
+        if mine < view.term:
+            raise Fenced(self._job, mine=mine, newest=view.term)
+        assert mine <= view.term or view.damaged, f"term {mine} was never taken (the highest is {view.term})"
+
+    def _contended(self) -> StoreError:
+        return StoreUnavailable(f"{APPEND_TRIES} other writers were faster", key=log_prefix(self._job))
+
+
+def _first_needed(entries: Mapping[int, Entry | None]) -> int:
+    """Where folding starts: at the newest `kept` entry, else at the first.
+
+    A kept entry that was put is never void: its writer had read all before it, and no higher term was there.
+    """
+    return max((seq for seq, entry in entries.items() if isinstance(entry, KeptEntry)), default=1)
+
+
+def _digest(body: dict[str, Any]) -> str:
+    return str(blake3(_dump(body)).hexdigest())
+
+
+def _dump(body: dict[str, Any]) -> bytes:
+    return json.dumps(body, sort_keys=True, separators=(",", ":")).encode()

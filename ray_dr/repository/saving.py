@@ -1,0 +1,58 @@
+"""A part into the store: the chunks that changed since the newest checkpoint, then the list that names them all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from ray_dr.errors import CheckpointError, StoreError
+from ray_dr.model.checkpoint import Chunk, Part, PartRef
+from ray_dr.repository.chunks import KnownChunks, put_chunk
+from ray_dr.repository.commit import CommitLog
+from ray_dr.repository.layout import save_folder
+from ray_dr.repository.parts import read_part, write_part
+from ray_dr.stores.base import Store
+
+
+@dataclass(frozen=True, slots=True)
+class SavedPart:
+    """A part in the store; `sent` counts bytes of chunks that had to be put."""
+
+    ref: PartRef
+    sent: int
+
+
+def save_part(
+    store: Store, log: CommitLog, job: str, part: Part, stream: memoryview, *, term: int, known: KnownChunks
+) -> SavedPart:
+    """Store a sealed part (its chunks have their ids) whose bytes are `stream`.
+
+    Chunks that the same rank's part of the newest checkpoint names are not sent again; `PartRef.base` says so, and the
+    commit is refused should that checkpoint have been dropped by then (the reason why is in `prune`). Costs two small
+    reads besides the puts. Raises StoreError; doing it again sends only what is missing.
+    """
+    base, there = _reusable(store, log, part.rank)
+    folder = save_folder(part.version, term)
+    placed = [replace(chunk, folder=there.get(chunk.id, folder)) for chunk in part.chunks]
+    sent = sum(_put(store, job, chunk, stream, known) for chunk in placed if chunk.id not in there)
+    reuses = any(chunk.id in there for chunk in placed)
+    listed = replace(part, chunks=tuple(placed))
+    return SavedPart(write_part(store, job, listed, term=term, base=base if reuses else ""), sent)
+
+
+def _reusable(store: Store, log: CommitLog, rank: int) -> tuple[str, Mapping[str, str]]:
+    """The newest checkpoint's part list of this rank: its digest, and id -> folder of its chunks."""
+    newest = log.newest()
+    ref = next((ref for ref in newest.parts if ref.rank == rank), None) if newest else None
+    if ref is None:
+        return "", {}
+    try:
+        base = read_part(store, ref)
+    except (StoreError, CheckpointError):
+        return "", {}  # dropped meanwhile or damaged: then this save is put whole
+    return ref.digest, {chunk.id: chunk.folder for chunk in base.chunks}
+
+
+def _put(store: Store, job: str, chunk: Chunk, stream: memoryview, known: KnownChunks) -> int:
+    sent = put_chunk(store, job, chunk, stream[chunk.at : chunk.at + chunk.size], known=known)
+    return chunk.size if sent else 0
