@@ -1,0 +1,131 @@
+"""Memory that other processes of the node can map, and fast copies into it.
+
+A pool is an anonymous file (memfd): it has no name in any file system, so the kernel frees it with its last holder,
+however that one ended. A process of the same user maps it through the owner's `/proc/<pid>/fd/<fd>`; its mapping stays
+valid when the owner is gone, and the pool's bytes stay when a mapping process is killed.
+
+Fresh pages cost ten times as much as touched ones, so a pool is touched once when it is made and reused from then on.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import weakref
+from collections import deque
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+MEMFD_NAME = "ray-dr"
+SPLIT_BYTES = 8 * 2**20
+"""Copies are dealt to threads in runs of about this size."""
+WORTH_A_THREAD_BYTES = 4 * 2**20
+"""Below this many bytes per thread, starting the thread costs more than it saves."""
+
+
+class Pool:
+    """Shared memory of `size` bytes (> 0), zero at first. Made by `Pool.create`."""
+
+    def __init__(self, fd: int, size: int) -> None:
+        self.size = size
+        self.path = f"/proc/{os.getpid()}/fd/{fd}"
+        self._closed = weakref.finalize(self, os.close, fd)
+        self.view = memoryview(mmap.mmap(fd, size, mmap.MAP_SHARED))
+
+    @classmethod
+    def create(cls, size: int, *, threads: int = 2) -> Pool:
+        """A pool with all its pages in place. Raises OSError when the memory cannot be had."""
+        fd = os.memfd_create(MEMFD_NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            # Reserving first turns a lack of memory into an error here instead of a SIGBUS in whoever writes.
+            os.posix_fallocate(fd, 0, size)
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+        except BaseException:
+            os.close(fd)
+            raise
+        pool = cls(fd, size)
+        touch(pool.view, threads=threads)
+        return pool
+
+    def close(self) -> None:
+        """Give the memory back: at once, or with the last slice of `view` or mapping elsewhere that is still in use."""
+        owner = self.view.obj
+        self.view.release()
+        self._closed()
+        if isinstance(owner, mmap.mmap):
+            try:
+                owner.close()
+            except BufferError:
+                return  # Slices are still in use; the mapping ends with the last of them.
+
+
+def attach(path: str, size: int) -> memoryview:
+    """The first `size` bytes of another process's pool, writable; unmapped when the last slice of the view is gone.
+
+    Raises OSError when the pool's process is gone, or when the path is not a pool of at least that size.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        # A pid or a descriptor may have been used again for something else.
+        if f"/memfd:{MEMFD_NAME}" not in os.readlink(f"/proc/self/fd/{fd}") or os.fstat(fd).st_size < size:
+            raise OSError(f"{path} is not a shared-memory pool of {size} bytes")
+        return memoryview(mmap.mmap(fd, size, mmap.MAP_SHARED | mmap.MAP_POPULATE))
+    finally:
+        os.close(fd)
+
+
+def touch(view: memoryview, *, threads: int = 2) -> None:
+    """Write a zero to every page, so that later writes find it in place."""
+    pages = np.frombuffer(view, np.uint8)[:: mmap.PAGESIZE]
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(lambda run: run.fill(0), np.array_split(pages, threads)))
+
+
+def copy_into(into: memoryview, data: memoryview) -> None:
+    """Copy bytes; both are contiguous and of the same length. The GIL is released.
+
+    Through numpy: slice assignment of memoryviews holds the GIL.
+    """
+    if data.nbytes:
+        np.copyto(np.frombuffer(into, np.uint8), np.frombuffer(data, np.uint8))
+    elif into.nbytes:
+        raise ValueError(f"no bytes for {into.nbytes}")
+
+
+def copy_many(pairs: Iterable[tuple[memoryview, memoryview]], *, threads: int = 2) -> None:
+    """Copy each (into, data) pair, large ones split over the threads. The pairs must not overlap."""
+    runs = deque(run for into, data in pairs for run in _split(into, data))
+    useful = min(threads, 1 + sum(into.nbytes for into, _ in runs) // WORTH_A_THREAD_BYTES)
+    if useful <= 1:
+        return _copy_all(runs)
+    with ThreadPoolExecutor(useful - 1) as pool:
+        others = [pool.submit(_copy_all, runs) for _ in range(useful - 1)]
+        _copy_all(runs)
+        for other in others:
+            other.result()
+    return None
+
+
+def _copy_all(runs: deque[tuple[memoryview, memoryview]]) -> None:
+    """Copy until nothing is left; several threads share `runs`."""
+    while True:
+        try:
+            into, data = runs.popleft()
+        except IndexError:
+            return
+        copy_into(into, data)
+
+
+def _split(into: memoryview, data: memoryview) -> Iterable[tuple[memoryview, memoryview]]:
+    if into.nbytes != data.nbytes:
+        raise ValueError(f"{data.nbytes} bytes do not fill {into.nbytes}")
+    if data.nbytes == 0:
+        return []
+    if data.nbytes <= SPLIT_BYTES:
+        return [(into, data)]
+    into, data = into.cast("B"), data.cast("B")
+    starts = range(0, data.nbytes, SPLIT_BYTES)
+    return [(into[at : at + SPLIT_BYTES], data[at : at + SPLIT_BYTES]) for at in starts]

@@ -1,0 +1,213 @@
+"""Reads a state's bytes from the nearest good copy, each chunk checked against its hash.
+
+A chunk that lies in one run of one tensor is read straight into it. Any other goes through a buffer that each thread
+reuses, and from there, once it is known to be good, to its places.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import numpy as np
+from blake3 import blake3
+
+from ray_dr.checkpoint.memory import copy_into
+from ray_dr.checkpoint.restore_plan import Read, plan_restore, reads_by_chunk
+from ray_dr.errors import CheckpointError, CorruptChunk, NotFound, StoreError
+from ray_dr.model.checkpoint import Box, Chunk, Part
+from ray_dr.repository.layout import chunk_key
+from ray_dr.stores.base import Store
+
+Kind = Literal["memory", "peer", "store"]
+
+
+class Source(Protocol):
+    """One place that holds the streams of parts. Thread-safe."""
+
+    @property
+    def name(self) -> str:
+        """For people: which copy this is."""
+
+    @property
+    def kind(self) -> Kind: ...
+
+    def read(self, rank: int, start: int, into: memoryview) -> None:
+        """Fill `into` from `start` of rank's stream. Raises StoreError, OSError or CorruptChunk."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemorySource:
+    """A part's stream in memory of this process."""
+
+    buffer: memoryview
+    name: str = "own memory"
+    kind: Kind = "memory"
+
+    def read(self, rank: int, start: int, into: memoryview) -> None:
+        """Copy the bytes. Raises OSError when the stream is shorter."""
+        if start + into.nbytes > self.buffer.nbytes:
+            raise OSError(f"{self.name} holds {self.buffer.nbytes} bytes, wanted {into.nbytes} from {start}")
+        copy_into(into, self.buffer[start : start + into.nbytes])
+
+
+@dataclass(frozen=True, slots=True)
+class StoreSource:
+    """A part's stream as chunks of a job in a store. `part` was read there: it says which saves put its chunks."""
+
+    store: Store
+    job: str
+    part: Part
+    kind: Kind = "store"
+
+    @property
+    def name(self) -> str:
+        """The store's URL."""
+        return self.store.url
+
+    def read(self, rank: int, start: int, into: memoryview) -> None:
+        """Fill `into` from the chunks that hold the run."""
+        for chunk in self.part.chunks:
+            first, last = max(start, chunk.at), min(start + into.nbytes, chunk.at + chunk.size)
+            if first < last:
+                piece = into[first - start : last - start]
+                self.store.readinto(chunk_key(self.job, chunk), piece, start=first - chunk.at)
+
+
+def read_state(
+    parts: Sequence[Part],
+    wanted: Mapping[Box, memoryview],
+    sources: Mapping[int, Sequence[Source]],
+    *,
+    threads: int = 2,
+    on_corrupt: Callable[[CorruptChunk], None],
+    on_unreadable: Callable[[Source, Exception], None] | None = None,
+) -> dict[str, int]:
+    """Fill the wanted boxes' bytes, and say how many bytes were read from each kind of source.
+
+    wanted         dense row-major bytes of each box, contiguous and writable
+    sources        per rank of part, nearest first; a chunk is taken from the first that gives it unharmed
+    on_corrupt     told of each bad copy; on_unreadable of each copy that could not be read; from a reading thread
+    Raises CheckpointError when a chunk has no good copy left: then some buffers are already overwritten. Also when the
+    parts do not cover the wanted boxes: then nothing was read.
+    """
+    for box, view in wanted.items():
+        if view.nbytes != box.size:
+            raise ValueError(f"{box.name}: a buffer of {view.nbytes} bytes for a box of {box.size}")
+    reads = plan_restore(parts, wanted)
+    buffers = {box: view.cast("B") for box, view in wanted.items() if view.nbytes}
+    jobs = deque(_Job(part.rank, chunk, pieces) for part in parts for chunk, pieces in reads_by_chunk(part, reads))
+    fetch = _Fetch(buffers, sources, on_corrupt, on_unreadable or _ignore)
+    total: Counter[str] = Counter()
+    with ThreadPoolExecutor(max(1, min(threads, len(jobs)))) as pool:
+        for counted in [pool.submit(fetch.all, jobs) for _ in range(max(1, min(threads, len(jobs))))]:
+            total.update(counted.result())
+    return dict(total)
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """A chunk of rank's part and what is wanted of it."""
+
+    rank: int
+    chunk: Chunk
+    reads: tuple[Read, ...]
+
+
+@dataclass(slots=True)
+class _Fetch:
+    """What the reading threads share."""
+
+    buffers: Mapping[Box, memoryview]
+    sources: Mapping[int, Sequence[Source]]
+    on_corrupt: Callable[[CorruptChunk], None]
+    on_unreadable: Callable[[Source, Exception], None]
+    failing: list[Source] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def all(self, jobs: deque[_Job]) -> Counter[str]:
+        """Take jobs until none is left; an error ends them for every thread."""
+        counted: Counter[str] = Counter()
+        scratch = memoryview(b"")
+        try:
+            while (job := _next(jobs)) is not None:
+                direct = self._direct(job)
+                if direct is None and len(scratch) < job.chunk.size:
+                    scratch = memoryview(bytearray(job.chunk.size))
+                into = scratch[: job.chunk.size] if direct is None else direct
+                counted[self._read(job, into)] += job.chunk.size
+                if direct is None:
+                    self._scatter(job, into)
+        except BaseException:
+            jobs.clear()
+            raise
+        return counted
+
+    def _direct(self, job: _Job) -> memoryview | None:
+        """The place of the whole chunk in one buffer, if there is one."""
+        if len(job.reads) != 1 or job.reads[0].count != 1 or job.reads[0].size != job.chunk.size:
+            return None
+        read = job.reads[0]
+        return self.buffers[read.target][read.into : read.into + read.size]
+
+    def _read(self, job: _Job, into: memoryview) -> Kind:
+        """Fill `into` with a verified copy of the chunk, and say from what kind of source."""
+        tried = []
+        for source in self._nearest(job.rank):
+            try:
+                source.read(job.rank, job.chunk.at, into)
+                if blake3(into, max_threads=1).hexdigest() != job.chunk.id:
+                    raise CorruptChunk(job.chunk.id, source=source.name)
+                return source.kind
+            except CorruptChunk as error:
+                tried.append(str(error))
+                with self.lock:
+                    self.on_corrupt(error)
+            except (StoreError, OSError) as error:
+                tried.append(f"{source.name}: {error}")
+                self._put_last(source, error)
+        raise CheckpointError(
+            f"chunk {job.chunk.id[:16]} of rank {job.rank}'s part has no good copy ({'; '.join(tried) or 'no source'})"
+        )
+
+    def _nearest(self, rank: int) -> list[Source]:
+        """Sources of a part, those that failed before behind the others: waiting for a dead peer once is enough."""
+        with self.lock:
+            failing = {id(source) for source in self.failing}
+        return sorted(self.sources.get(rank, ()), key=lambda source: id(source) in failing)
+
+    def _put_last(self, source: Source, error: Exception) -> None:
+        with self.lock:
+            if not isinstance(error, NotFound):
+                self.failing.append(source)
+            self.on_unreadable(source, error)
+
+    def _scatter(self, job: _Job, data: memoryview) -> None:
+        for read in job.reads:
+            copy_runs(read, data, self.buffers[read.target], at=job.chunk.at)
+
+
+def copy_runs(read: Read, data: memoryview, into: memoryview, *, at: int = 0) -> None:
+    """Copy a read's runs from `data`, which begins at `at` of the stream, to their places in its target's bytes."""
+    if read.count == 1:
+        copy_into(into[read.into : read.into + read.size], data[read.start - at : read.start - at + read.size])
+        return
+    shape = (read.count, read.size)
+    found: np.ndarray[tuple[int, int], np.dtype[np.uint8]]
+    found = np.ndarray(shape, np.uint8, data, read.start - at, (read.stride, 1))
+    np.copyto(np.ndarray(shape, np.uint8, into, read.into, (read.into_stride, 1)), found)
+
+
+def _next(jobs: deque[_Job]) -> _Job | None:
+    try:
+        return jobs.popleft()
+    except IndexError:
+        return None
+
+
+def _ignore(source: Source, error: Exception) -> None:
+    """For callers that only count corrupt copies."""

@@ -1,0 +1,73 @@
+"""Which versions are whole, and where: a fold over the reports of nodes that they hold a part."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from itertools import groupby
+
+from ray_dr.model.checkpoint import VersionId
+from ray_dr.model.journal import Where
+
+KEPT = 8
+"""Newest versions remembered for each place. Counted per place: memory moves on many steps while a store writes one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """The known copies of one version in one kind of place, as (rank, node)."""
+
+    version: VersionId
+    where: Where
+    world: int
+    copies: frozenset[tuple[int, str]] = frozenset()
+
+    @property
+    def complete(self) -> bool:
+        """Every rank's part has at least one copy."""
+        return len(self.copies) >= self.world and len({rank for rank, _ in self.copies}) == self.world
+
+
+@dataclass(frozen=True, slots=True)
+class Completeness:
+    """What is known of the newest versions. `rows` ascend by version within each place."""
+
+    rows: tuple[Row, ...] = ()
+
+    def add(
+        self, version: VersionId, rank: int, world: int, where: Where, node: str
+    ) -> tuple[Completeness, tuple[tuple[VersionId, Where], ...]]:
+        """With one more copy known, and the versions that this made complete.
+
+        The same copy twice changes nothing; a version older than the kept ones is ignored. Raises ValueError for a
+        rank outside of its world, or a version reported with two worlds.
+        """
+        before = self._row(version, where) or Row(version, where, world)
+        if not 0 <= rank < world or before.world != world:
+            raise ValueError(f"{version}: rank {rank} of {world}, known with world {before.world}")
+        after = dataclasses.replace(before, copies=before.copies | {(rank, node)})
+        others = [row for row in self.rows if (row.version, row.where) != (version, where)]
+        kept = Completeness(_newest([*others, after]))
+        new = after.complete and not before.complete and after in kept.rows
+        return kept, (((version, where),) if new else ())
+
+    def without(self, node: str) -> Completeness:
+        """After the loss of a node: its memory is gone, stores are not."""
+        rows = [row if row.where == Where.STORE else _forget(row, node) for row in self.rows]
+        return Completeness(tuple(row for row in rows if row.copies))
+
+    def complete(self, where: Where) -> tuple[VersionId, ...]:
+        """The kept versions that are whole there, newest first."""
+        return tuple(row.version for row in reversed(self.rows) if row.where == where and row.complete)
+
+    def _row(self, version: VersionId, where: Where) -> Row | None:
+        return next((row for row in self.rows if (row.version, row.where) == (version, where)), None)
+
+
+def _forget(row: Row, node: str) -> Row:
+    return dataclasses.replace(row, copies=frozenset(copy for copy in row.copies if copy[1] != node))
+
+
+def _newest(rows: list[Row]) -> tuple[Row, ...]:
+    ordered = sorted(rows, key=lambda row: (row.where, row.version.attempt, row.version.step))
+    return tuple(row for _, same in groupby(ordered, key=lambda row: row.where) for row in list(same)[-KEPT:])

@@ -1,0 +1,266 @@
+"""What one node's agent holds in memory: the parts its own workers staged and the copies it keeps for peers.
+
+A *holding* is one rank's part of one version in some buffer. Own holdings lie in slots of a pool that the worker
+process has mapped; copies lie in buffers of their own. The rules that keep the last good version whole:
+
+* a slot is given back to its worker only when its version is older than the newest *complete* one (every part has its
+  copies, says the supervisor), or was overtaken by a newer sealed one and never completed, and nobody is reading it;
+* a version that became complete after this node had given up its part of it makes nothing older go;
+* a new attempt keeps the version it restores from until a newer one is complete.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from ray_dr.checkpoint.memory import Pool
+from ray_dr.errors import NotFound
+from ray_dr.model.checkpoint import Held, Part, StepRecord, VersionId
+
+PAGE_BYTES = 4096
+SLOTS = 3
+"""Own slots per worker: the newest complete version, the one on its way, and one to stage into meanwhile."""
+KEPT_COPIES = 3
+"""Versions kept per rank as copies for peers."""
+
+
+@dataclass(slots=True, eq=False)
+class Slot:
+    """A reusable run of a worker's pool."""
+
+    worker: str
+    index: int
+    pool: Pool
+    view: memoryview
+
+
+@dataclass(slots=True, eq=False)
+class Holding:
+    """One rank's part of one version. `part` is None until it is sealed; `readers` counts who needs the bytes."""
+
+    version: VersionId
+    rank: int
+    world: int
+    view: memoryview
+    slot: Slot | None
+    part: Part | None = None
+    readers: int = 0
+
+    @property
+    def key(self) -> tuple[VersionId, int, bool]:
+        return (self.version, self.rank, self.slot is not None)
+
+
+@dataclass(slots=True)
+class _Workspace:
+    """The slots of one worker; older pools stay while a holding lies in them."""
+
+    slots: list[Slot] = field(default_factory=list)
+    size: int = 0
+
+
+class Vault:
+    """Thread-safe. `give_back(worker, slot index, pool path)` is called, outside the lock, when a worker may stage into
+    a slot again."""
+
+    def __init__(self, node: str, give_back: Callable[[str, int, str], None]) -> None:
+        self.node = node
+        self._give_back = give_back
+        self._lock = threading.Condition()
+        self._workspaces: dict[str, _Workspace] = {}
+        self._holdings: dict[tuple[VersionId, int, bool], Holding] = {}
+        self._complete: VersionId | None = None
+        self._reading: set[Holding] = set()
+        self._free: list[memoryview] = []
+        self._pools: list[Pool] = []
+
+    def open_pool(self, worker: str, size: int) -> tuple[str, int, int, tuple[int, ...]]:
+        """Slots of at least `size` bytes for a worker: (path to map, bytes per slot, how many, which are free).
+
+        Slow when a new pool is needed, because it is touched once (pre-faulted) here and never again.
+        """
+        with self._lock:
+            workspace = self._workspaces.get(worker)
+            if workspace is not None and workspace.size >= size:
+                free = tuple(slot.index for slot in workspace.slots if not self._occupied(slot))
+                return workspace.slots[0].pool.path, workspace.size, SLOTS, free
+        per_slot = -(-max(size, 1) // PAGE_BYTES) * PAGE_BYTES
+        pool = Pool.create(per_slot * SLOTS)
+        views = [pool.view[i * per_slot : (i + 1) * per_slot] for i in range(SLOTS)]
+        with self._lock:
+            self._workspaces[worker] = _Workspace([Slot(worker, i, pool, views[i]) for i in range(SLOTS)], per_slot)
+            self._pools.append(pool)
+        self._sweep()
+        return pool.path, per_slot, SLOTS, tuple(range(SLOTS))
+
+    def stage(self, worker: str, slot: int, *, version: VersionId, rank: int, world: int, size: int) -> Holding:
+        """Take over what a worker just copied into its slot. The caller reads it: `done` must follow."""
+        with self._lock:
+            place = self._workspaces[worker].slots[slot]
+            holding = Holding(version, rank, world, place.view[:size], place, readers=1)
+            self._reading.add(holding)
+            self._holdings[holding.key] = holding
+            return holding
+
+    def buffer(self, size: int) -> memoryview:
+        """Memory for a peer's copy, reused when one of the right size is free."""
+        with self._lock:
+            for index, view in enumerate(self._free):
+                if len(view) == size:
+                    return self._free.pop(index)
+        return memoryview(bytearray(size))
+
+    def keep_copy(self, part: Part, view: memoryview) -> None:
+        """Hold a peer's sealed part."""
+        holding = Holding(part.version, part.rank, part.world, view, None, part)
+        with self._lock:
+            if (replaced := self._holdings.get(holding.key)) is not None:
+                self._drop(replaced)
+            self._holdings[holding.key] = holding
+        self._sweep()
+
+    def recycle(self, view: memoryview) -> None:
+        """A copy's buffer that came to nothing."""
+        with self._lock:
+            self._recycle(view)
+
+    def read(self, version: VersionId, rank: int) -> Holding:
+        """A sealed part to read from; `done` must follow. Raises NotFound."""
+        with self._lock:
+            for own in (True, False):
+                holding = self._holdings.get((version, rank, own))
+                if holding is not None and holding.part is not None:
+                    holding.readers += 1
+                    self._reading.add(holding)
+                    return holding
+        raise NotFound(f"node {self.node} does not hold rank {rank} of step {version.step}")
+
+    def pin(self, holding: Holding) -> None:
+        """One more reader; `done` must follow."""
+        with self._lock:
+            holding.readers += 1
+
+    def done(self, holding: Holding) -> None:
+        """The reader has finished."""
+        with self._lock:
+            holding.readers -= 1
+            if not holding.readers:
+                self._reading.discard(holding)
+            dropped = not holding.readers and self._holdings.get(holding.key) is not holding
+            if dropped and holding.slot is None:
+                self._recycle(holding.view)
+            returned = self._returned((holding,)) if dropped else []
+        self._hand_back(returned)
+        self._sweep()
+
+    def completed(self, version: VersionId) -> None:
+        """Every part of `version` has its copies, says the supervisor: what is older may go, if this node has it."""
+        with self._lock:
+            held = any(holding.version == version and holding.part for holding in self._holdings.values())
+            if held and (self._complete is None or version > self._complete):
+                self._complete = version
+        self._sweep()
+
+    def begin(self, keep: VersionId | None) -> None:
+        """A new attempt starts from `keep`: no other version is of the job's history any more."""
+        with self._lock:
+            self._complete = keep
+            doomed = [holding for holding in self._holdings.values() if holding.version != keep]
+            for holding in doomed:
+                self._drop(holding)
+            returned = self._returned(doomed)
+        self._hand_back(returned)
+        self._sweep()
+
+    def abandon(self, holding: Holding) -> None:
+        """Sealing failed: this is no part of any version."""
+        with self._lock:
+            self._drop(holding)
+
+    def forget_worker(self, worker: str) -> None:
+        """The worker's process is gone. What it staged stays as long as its version counts."""
+        with self._lock:
+            self._workspaces.pop(worker, None)
+        self._sweep()
+
+    def held(self) -> tuple[Held, ...]:
+        """Every sealed part in memory."""
+        with self._lock:
+            return tuple(
+                Held(self.node, h.version, h.rank, h.world, len(h.view), h.slot is not None)
+                for h in self._holdings.values()
+                if h.part is not None
+            )
+
+    def records(self, version: VersionId) -> tuple[StepRecord, ...]:
+        """Step records that came with the parts of a version."""
+        with self._lock:
+            return tuple(r for h in self._holdings.values() if h.version == version and h.part for r in h.part.records)
+
+    def close(self) -> None:
+        """Give all memory back to the system."""
+        with self._lock:
+            self._holdings.clear()
+            self._workspaces.clear()
+            self._free.clear()
+            pools, self._pools = self._pools, []
+        for pool in pools:
+            pool.close()
+
+    def _sweep(self) -> None:
+        """Free what no rule protects: slots go back to their workers, buffers to the free list, empty pools away."""
+        with self._lock:
+            freed = [h for h in self._holdings.values() if not h.readers and self._outdated(h)]
+            for holding in freed:
+                self._drop(holding)
+            returned = self._returned(freed)
+            self._drop_pools()
+        self._hand_back(returned)
+
+    def _returned(self, freed: Iterable[Holding]) -> list[Slot]:
+        """The slots of dropped holdings that their workers may stage into again."""
+        slots = (holding.slot for holding in freed)
+        return [slot for slot in slots if slot and self._current(slot) and not self._occupied(slot)]
+
+    def _hand_back(self, slots: Iterable[Slot]) -> None:
+        for slot in slots:
+            self._give_back(slot.worker, slot.index, slot.pool.path)
+
+    def _outdated(self, holding: Holding) -> bool:
+        newest = self._complete
+        if newest is not None and holding.version <= newest:
+            return holding.version != newest
+        # Not complete: give up on it when enough newer parts of the same rank have come and are whole.
+        newer = sum(
+            other.rank == holding.rank
+            and (other.slot is None) == (holding.slot is None)
+            and other.part is not None
+            and other.version > holding.version
+            for other in self._holdings.values()
+        )
+        return newer >= (SLOTS - 2 if holding.slot else KEPT_COPIES - 1)
+
+    def _drop(self, holding: Holding) -> None:
+        if self._holdings.get(holding.key) is holding:
+            del self._holdings[holding.key]
+        if holding.slot is None and not holding.readers:
+            self._recycle(holding.view)
+
+    def _recycle(self, view: memoryview) -> None:
+        self._free.append(view)
+        del self._free[:-KEPT_COPIES]
+
+    def _current(self, slot: Slot) -> bool:
+        workspace = self._workspaces.get(slot.worker)
+        return workspace is not None and slot in workspace.slots
+
+    def _occupied(self, slot: Slot) -> bool:
+        return any(h.slot is slot for h in (*self._holdings.values(), *self._reading))
+
+    def _drop_pools(self) -> None:
+        needed = {id(slot.pool) for workspace in self._workspaces.values() for slot in workspace.slots}
+        needed |= {id(h.slot.pool) for h in (*self._holdings.values(), *self._reading) if h.slot}
+        # Closing a pool while views of it live is an error of mmap: the kernel frees the pages when the last view dies.
+        self._pools = [pool for pool in self._pools if id(pool) in needed]

@@ -1,0 +1,152 @@
+"""Reading: good copies are used, bad ones reported, and nothing is passed off as whole that is not."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+from blake3 import blake3
+
+from ray_dr.checkpoint.export import export_safetensors
+from ray_dr.checkpoint.reader import MemorySource, StoreSource, read_state
+from ray_dr.checkpoint.restore_plan import build_index, compare, plan_restore
+from ray_dr.checkpoint.save_plan import plan_save, replicated, whole
+from ray_dr.errors import CheckpointError, CorruptChunk, UnsupportedState
+from ray_dr.model.checkpoint import Chunk, Part, VersionId
+from ray_dr.repository.layout import chunk_key
+from ray_dr.stores.memory import MemoryStore
+
+NAMES = {"a": (5, 3), "b": (), "c": (200,)}
+
+
+def saved(dtype: str = "int32") -> tuple[Part, bytearray]:
+    plan = plan_save([replicated(n, dtype, s, rank=0, world=1) for n, s in NAMES.items()], rank=0, world=1)
+    stream = bytearray(i * 7 % 251 for i in range(plan.size))
+    runs = [(at, stream[at : at + 100]) for at in range(0, plan.size, 100)]
+    chunks = tuple(Chunk(blake3(run).hexdigest(), at, len(run)) for at, run in runs)
+    return Part(VersionId(1, 5), 0, 1, plan.size, plan.shards, chunks, {"lr": 0.5}), stream
+
+
+def buffers(part: Part) -> dict:
+    return {shard.box: memoryview(bytearray(shard.box.size)) for shard in part.shards}
+
+
+def expect_equal(part: Part, stream: bytearray, found: dict) -> None:
+    for shard in part.shards:
+        assert bytes(found[shard.box]) == bytes(stream[shard.at : shard.at + shard.box.size])
+
+
+@dataclass(frozen=True)
+class Gone:
+    """A copy on a node that went away."""
+
+    asked: list[int]
+    name: str = "peer 10.0.0.9"
+    kind: str = "peer"
+
+    def read(self, rank: int, start: int, into: memoryview) -> None:
+        self.asked.append(start)
+        raise ConnectionResetError("gone")
+
+
+def test_a_corrupt_chunk_is_reported_and_read_from_the_next_copy() -> None:
+    part, stream = saved()
+    bad = bytearray(stream)
+    bad[150] ^= 1
+    reports: list[CorruptChunk] = []
+    found = buffers(part)
+    sources = {0: [MemorySource(memoryview(bad)), MemorySource(memoryview(stream), "peer x", "peer")]}
+    counted = read_state(part_list := [part], found, sources, on_corrupt=reports.append)
+    expect_equal(part_list[0], stream, found)
+    assert [(error.chunk, error.source) for error in reports] == [(part.chunks[1].id, "own memory")]
+    assert counted == {"memory": part.size - 100, "peer": 100}
+
+
+def test_a_source_that_fails_is_asked_last_from_then_on() -> None:
+    part, stream = saved()
+    gone = Gone([])
+    told: list[str] = []
+    found = buffers(part)
+    read_state([part], found, {0: [gone, MemorySource(memoryview(stream))]}, threads=1,
+               on_corrupt=pytest.fail, on_unreadable=lambda source, error: told.append(source.name))  # fmt: skip
+    expect_equal(part, stream, found)
+    assert len(gone.asked) == 1
+    assert told == ["peer 10.0.0.9"]
+
+
+def test_no_good_copy_is_an_error_that_names_every_try() -> None:
+    part, stream = saved()
+    stream[0] ^= 1
+    with pytest.raises(CheckpointError, match=r"no good copy.*own memory.*peer 10\.0\.0\.9"):
+        read_state([part], buffers(part), {0: [MemorySource(memoryview(stream)), Gone([])]}, on_corrupt=lambda e: None)
+
+
+def test_no_source_at_all_is_an_error() -> None:
+    part, _ = saved()
+    with pytest.raises(CheckpointError, match="no source"):
+        read_state([part], buffers(part), {}, on_corrupt=pytest.fail)
+
+
+def test_chunks_of_a_store_fill_the_state() -> None:
+    part, stream = saved()
+    part = replace(part, chunks=tuple(replace(chunk, folder="000001-000000000005-000001") for chunk in part.chunks))
+    store = MemoryStore()
+    for chunk in part.chunks:
+        store.put(chunk_key("j", chunk), bytes(stream[chunk.at : chunk.at + chunk.size]))
+    found = buffers(part)
+    sources = {0: [StoreSource(store, "j", part)]}
+    assert read_state([part], found, sources, on_corrupt=pytest.fail) == {"store": part.size}
+    expect_equal(part, stream, found)
+    across = memoryview(bytearray(150))
+    StoreSource(store, "j", part).read(0, 60, across)
+    assert bytes(across) == bytes(stream[60:210])
+
+
+def test_a_missing_part_is_an_error_before_anything_is_read() -> None:
+    leaves = [[replicated("w", "int8", (8,), rank=rank, world=2)] for rank in range(2)]
+    plan = plan_save(leaves[0], rank=0, world=2)
+    part = Part(VersionId(1, 1), 0, 2, plan.size, plan.shards, ())
+    with pytest.raises(CheckpointError, match=r"w\[0:8\]: the saved boxes cover 4 of 8 bytes"):
+        plan_restore([part], [whole("w", "int8", (8,))])
+
+
+def test_differences_name_both_sides() -> None:
+    part, _ = saved()
+    wanted = [whole("a", "int32", (5, 4)), whole("b", "int64", ()), whole("d", "int8", (2,))]
+    assert compare(build_index([part]), wanted) == (
+        "d: the program wants int8[2], the checkpoint does not have it",
+        "c: the checkpoint has int32[200], the program does not want it",
+        "a: shape [5, 3] in the checkpoint, [5, 4] in the program",
+        "b: dtype int32 in the checkpoint, int64 in the program",
+    )
+
+
+def test_the_exported_file_holds_every_tensor_and_the_scalars(tmp_path: Path) -> None:
+    part, stream = saved()
+    sources = {0: [MemorySource(memoryview(stream))]}
+    export_safetensors(tmp_path / "x.safetensors", [part], sources, on_corrupt=pytest.fail)
+    data = (tmp_path / "x.safetensors").read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    assert json.loads(header.pop("__metadata__")["scalars"]) == {"lr": 0.5}
+    assert {name: tuple(entry["shape"]) for name, entry in header.items()} == NAMES
+    for shard in part.shards:
+        first, last = header[shard.box.name]["data_offsets"]
+        assert data[8 + length + first : 8 + length + last] == bytes(stream[shard.at : shard.at + shard.box.size])
+    assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+def test_export_refuses_by_name_what_the_format_lacks_and_leaves_no_file(tmp_path: Path) -> None:
+    part, stream = saved("complex64")
+    with pytest.raises(UnsupportedState, match=r"a \(complex64\)"):
+        export_safetensors(tmp_path / "x", [part], {0: [MemorySource(memoryview(stream))]}, on_corrupt=pytest.fail)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_export_leaves_no_file(tmp_path: Path) -> None:
+    part, _ = saved()
+    with pytest.raises(CheckpointError):
+        export_safetensors(tmp_path / "x", [part], {}, on_corrupt=pytest.fail)
+    assert list(tmp_path.iterdir()) == []

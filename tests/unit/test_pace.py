@@ -1,0 +1,125 @@
+"""From measured steps and saves to the next cadence."""
+
+from __future__ import annotations
+
+import pytest
+
+from ray_dr.checkpoint.pace import Pace, first_cadence
+from ray_dr.model.attempt import Cadence
+from ray_dr.model.checkpoint import StepRecord, VersionId
+from ray_dr.model.job import Every, Job, MemoryTier, StoreTier
+from ray_dr.model.journal import PartSaved, Where
+
+
+def job(memory: Every | None = None, store: Every | None = None) -> Job:
+    return Job(
+        "j", StoreTier("memory://x", store or Every(seconds=30.0)), memory=MemoryTier(memory or Every()), overhead=0.01
+    )
+
+
+NEVER = Every(seconds=float("inf"))
+
+
+def measured(
+    step_s: float, stall_s: float, *, steps: int = 40, every: int = 4, slower: float = 0.0, seal_s: float = 0.001
+) -> Pace:
+    """A pace that has seen `steps` steps with a save after every fourth, and one write of a second."""
+    pace = Pace()
+    for step in range(1, steps + 1):
+        took = step_s + (slower if step % every == 1 and step > 1 else 0.0)
+        pace.stepped(StepRecord(1, step, 0, 1, (), "", took))
+        if step % every == 0:
+            pace.saved(PartSaved(0.0, VersionId(1, step), 0, 1, Where.MEMORY, "n", 1, seal_s, stall_s, 0))
+    pace.saved(PartSaved(0.0, VersionId(1, 4), 0, 1, Where.STORE, "n", 1, 1.0, 0.0, 1))
+    return pace
+
+
+def test_the_first_cadence_is_what_the_user_said() -> None:
+    assert first_cadence(job(Every(steps=3), Every(steps=9))) == Cadence(0, 3, 9)
+    assert first_cadence(job()) == Cadence(0, 4, 0)
+
+
+def test_nothing_changes_before_anything_is_measured() -> None:
+    assert Pace().next(job(), Cadence(0, 4, 0), 0) is None
+
+
+def test_a_save_that_costs_next_to_nothing_is_taken_more_often() -> None:
+    cadence = measured(0.1, 0.0005).next(job(), Cadence(0, 4, 0), 40)
+    assert cadence is not None
+    assert cadence.memory_every == 2
+
+
+def test_a_save_that_costs_much_is_taken_less_often() -> None:
+    cadence = measured(0.1, 0.02).next(job(), Cadence(0, 4, 0), 40)
+    assert cadence is not None
+    assert cadence.memory_every == 8
+
+
+def test_a_save_the_agent_works_on_for_long_costs_its_stall_and_half_of_that_work() -> None:
+    assert measured(0.1, 0.002, seal_s=0.05).cost_s == pytest.approx(0.002 + 0.025)
+
+
+def test_work_of_the_agent_that_is_short_beside_a_step_costs_nothing() -> None:
+    assert measured(0.1, 0.002, seal_s=0.0015).cost_s == pytest.approx(0.002)
+    assert measured(0.01, 0.002, seal_s=0.009).cost_s == pytest.approx(0.002 + 0.0045)
+
+
+def test_a_long_seal_makes_saves_rarer_though_they_stall_nothing() -> None:
+    cadence = measured(0.1, 0.0, seal_s=0.2).next(job(), Cadence(0, 4, 0), 40)
+    assert cadence is not None
+    assert cadence.memory_every == 8
+
+
+def test_steps_that_happen_to_be_slower_after_a_save_change_neither_its_cost_nor_the_step_time() -> None:
+    pace = measured(0.1, 0.002, slower=0.05)
+    assert pace.cost_s == pytest.approx(0.002)
+    assert pace.step_s == pytest.approx(0.1)
+
+
+def test_step_times_of_long_ago_are_forgotten() -> None:
+    pace = measured(0.1, 0.0)
+    for step in range(41, 61):
+        pace.stepped(StepRecord(1, step, 0, 1, (), "", 0.3))
+    assert pace.step_s == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize("memory", [Every(), Every(steps=7), NEVER])
+def test_the_store_follows_the_users_seconds_whatever_the_memory_interval_is(memory: Every) -> None:
+    cadence = measured(0.1, 0.004).next(job(memory), first_cadence(job(memory)), 40)
+    assert cadence is not None
+    assert cadence.store_every == 300
+
+
+def test_a_tier_that_is_never_saved_to_has_no_interval() -> None:
+    assert first_cadence(job(NEVER, NEVER)) == Cadence(0, 0, 0)
+    assert measured(0.1, 0.0005).next(job(NEVER, NEVER), Cadence(0, 0, 0), 40) is None
+    to_store = measured(0.1, 0.0005).next(job(NEVER), Cadence(0, 0, 0), 40)
+    assert to_store is not None
+    assert (to_store.memory_every, to_store.store_every) == (0, 300)
+    in_memory = measured(0.1, 0.0005).next(job(store=NEVER), Cadence(0, 4, 0), 40)
+    assert in_memory is not None
+    assert (in_memory.memory_every, in_memory.store_every) == (2, 0)
+
+
+def test_a_new_cadence_begins_after_every_rank_can_have_heard_of_it() -> None:
+    cadence = measured(0.1, 0.0005).next(job(), Cadence(0, 4, 0), 40)
+    assert cadence is not None
+    assert cadence.from_step >= 42
+
+
+def test_a_settled_cadence_stays() -> None:
+    pace, current = measured(0.1, 0.0005), Cadence(0, 4, 0)
+    for _ in range(10):
+        current = pace.next(job(), current, 40) or current
+    assert pace.next(job(), current, 40) is None
+
+
+def test_a_new_attempt_measures_its_steps_anew() -> None:
+    pace = measured(0.1, 0.01)
+    pace.restart()
+    assert pace.step_s == 0.0
+    assert pace.next(job(), Cadence(0, 4, 0), 0) is None
+    for step in range(1, 5):
+        pace.stepped(StepRecord(2, step, 0, 1, (), "", 0.2))
+    assert pace.step_s == pytest.approx(0.2)
+    assert pace.cost_s == pytest.approx(0.01)
