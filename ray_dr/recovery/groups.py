@@ -1,0 +1,84 @@
+"""Groups: which one is live, when a next one can begin, and its forming."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+from ray_dr.model.checkpoint import VersionId
+from ray_dr.model.recovery import (
+    Decision,
+    Draining,
+    Finishing,
+    FormGroup,
+    Group,
+    Policy,
+    Queued,
+    Recovering,
+    Resizing,
+    Running,
+    Starting,
+    State,
+    Suspended,
+    TakeInventory,
+)
+from ray_dr.recovery.fleet import full_nodes, ranked, ready_workers, usable_nodes
+from ray_dr.recovery.words import count
+
+
+def group_of(state: State) -> Group | None:
+    """The group whose members are in `train`, or have just left it together."""
+    match state.phase:
+        case Starting(group) | Running(group) | Resizing(group) | Finishing(group):
+            return group
+        case Draining() as phase:
+            return phase.group
+        case _:
+            return None
+
+
+def can_begin(state: State, at: float, policy: Policy) -> bool:
+    """Whether a queued or suspended job has the nodes to form a group."""
+    if isinstance(state.phase, Suspended):
+        return usable_nodes(state) >= policy.min_nodes_to_run
+    full = full_nodes(state, policy)
+    settled = full >= policy.nodes_max or at - state.changed_at >= policy.settle_s
+    return full >= max(policy.nodes_min, policy.min_nodes_to_run) and settled
+
+
+def take_inventory(state: State, at: float, policy: Policy) -> Decision:
+    """The host is asked for the newest version; whatever it was asked before no longer counts."""
+    match state.phase:
+        case Queued() as queued:
+            state, incident = replace(state, phase=replace(queued, asked=True)), 0
+        case Suspended() as suspended:
+            state, incident = replace(state, phase=replace(suspended, asked=True)), state.incidents
+        case Recovering() as recovering:
+            state, incident = replace(state, phase=replace(recovering, found=None)), recovering.incident.number
+        case _:
+            incident = state.incidents
+    state = replace(state, asks=state.asks + 1, retry_at=at + policy.start_s)
+    return Decision(state, (TakeInventory(incident, state.asks),), "looking for the newest version")
+
+
+def answered(state: State) -> State:
+    """The state without its open question."""
+    return replace(state, retry_at=None)
+
+
+def restore_of(found: VersionId | Literal["scratch"] | None) -> VersionId | None:
+    """What a group restores: None is from scratch."""
+    return found if isinstance(found, VersionId) else None
+
+
+def form(state: State, restore: VersionId | None, at: float) -> Decision:
+    """The next attempt begins with every worker that is up."""
+    if isinstance(state.phase, Recovering):
+        assert not state.phase.unwinding, "a member of a broken group cannot be in the next one"
+    group = Group(state.attempt + 1, ranked(state), restore)
+    assert group.members, "a group has members"
+    assert set(group.members) <= set(ready_workers(state)), "members are up"
+    source = f"step {restore.step} of attempt {restore.attempt}" if restore else "scratch"
+    size = f"{count(len(group.members), 'worker')} on {count(usable_nodes(state), 'node')}"
+    after = replace(answered(state), phase=Starting(group, at), attempt=group.attempt, order=group.members, done=())
+    return Decision(after, (FormGroup(group),), f"attempt {group.attempt} begins with {size} from {source}")

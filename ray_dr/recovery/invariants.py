@@ -1,0 +1,86 @@
+"""What must hold after every decision, checked from the outside: for tests, the simulator and drills alike.
+
+The numbers are those of the architecture's list of invariants.
+"""
+
+from __future__ import annotations
+
+from ray_dr.model.recovery import (
+    AbortGroup,
+    CloseJob,
+    Decision,
+    Event,
+    Failed,
+    Finished,
+    FormGroup,
+    Policy,
+    Recovering,
+    Resizing,
+    Starting,
+    State,
+    StopGroup,
+)
+from ray_dr.recovery.fleet import ready_workers
+
+
+def check(before: State, event: Event, decision: Decision, policy: Policy) -> None:
+    """Raises AssertionError, naming the invariant, where a decision breaks one."""
+    after = decision.state
+    assert decision.reason, "every decision has a reason"
+    assert after.attempt >= before.attempt, "I8: attempts only grow"
+    assert after.incidents >= before.incidents, "incidents are numbered upwards"
+    assert len(after.nodes) <= policy.nodes_max, "I13: never more nodes than allowed"
+    ready = ready_workers(after)
+    assert len(set(ready)) == len(ready), "a worker is on one node"
+    assert after.failures <= policy.attempts_without_progress or isinstance(after.phase, Failed), "I12: bounded"
+    _check_quiet(before, decision)
+    _check_groups(before, decision, policy)
+    _check_end(before, decision)
+
+
+def _check_quiet(before: State, decision: Decision) -> None:
+    if isinstance(before.phase, Finished | Failed):
+        assert decision.state is before, "the end is the end"
+        assert not decision.actions, "the end is the end"
+    if isinstance(decision.state.phase, Recovering):
+        assert set(decision.state.phase.unwinding) <= set(ready_workers(decision.state)), "who unwinds is alive"
+
+
+def _check_groups(before: State, decision: Decision, policy: Policy) -> None:
+    formed = [action.group for action in decision.actions if isinstance(action, FormGroup)]
+    assert len(formed) <= 1, "one group at a time"
+    for group in formed:
+        assert group.attempt == before.attempt + 1, "I8: the next attempt"
+        assert isinstance(decision.state.phase, Starting), "who forms a group waits for its first step"
+        assert decision.state.phase.group == group, "the state names the group"
+        assert set(group.members) <= set(ready_workers(decision.state)), "I8: members are up"
+        assert len(set(group.members)) == len(group.members), "I8: each once"
+        nodes = [node for node in decision.state.nodes if set(node.ready) & set(group.members)]
+        assert policy.min_nodes_to_run <= len(nodes) <= policy.nodes_max, "I13: between the limits"
+        assert not _still_inside(before) - _left(decision, before), "I8: nobody is in two groups"
+    for action in decision.actions:
+        if isinstance(action, AbortGroup | StopGroup):
+            assert action.attempt <= before.attempt or action.attempt == decision.state.attempt, "a group that exists"
+
+
+def _still_inside(state: State) -> set[str]:
+    match state.phase:
+        case Recovering() as phase:
+            return set(phase.unwinding)
+        case Resizing() as resizing:
+            return set(resizing.group.members) - set(resizing.stopped) - set(state.done)
+        case _:
+            return set()
+
+
+def _left(decision: Decision, before: State) -> set[str]:
+    """At most one member leaves by one event, or several by being killed or lost with their node."""
+    remaining = set(ready_workers(decision.state))
+    inside = _still_inside(before)
+    return {worker for worker in inside if worker not in remaining} | (inside if len(inside) == 1 else set())
+
+
+def _check_end(before: State, decision: Decision) -> None:
+    over = isinstance(decision.state.phase, Finished | Failed) and decision.state is not before
+    closes = [action for action in decision.actions if isinstance(action, CloseJob)]
+    assert len(closes) == int(over), "a job is closed once, when it is over"

@@ -1,0 +1,45 @@
+"""Where to go on from: the newest version of which every part is still held by somebody, and who holds it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from ray_dr.model.checkpoint import Held, VersionId
+
+
+def choose_version(held: Sequence[Held], committed: VersionId | None) -> VersionId | None:
+    """The newest version that can be restored, or None when there is none.
+
+    held        parts in the memory of the node agents that are alive, in any order
+    committed   the newest version in the store, complete by definition
+
+    Newest is by (attempt, step): a later attempt went on from an earlier one's version, so its state supersedes
+    whatever the earlier attempt did beyond that, even where its step is lower.
+    """
+    candidates = [*_complete(held), *([committed] if committed else [])]
+    return max(candidates, key=_age, default=None)
+
+
+def copies(held: Sequence[Held], version: VersionId) -> Mapping[int, tuple[str, ...]]:
+    """Nodes that hold each rank's part of a version: the rank's own node first, then peers by name."""
+    holders: dict[int, set[tuple[bool, str]]] = {}
+    for part in held:
+        if part.version == version:
+            holders.setdefault(part.rank, set()).add((not part.own, part.node))
+    return {rank: _distinct(node for _, node in sorted(found)) for rank, found in sorted(holders.items())}
+
+
+def _complete(held: Sequence[Held]) -> Iterator[VersionId]:
+    """Versions with every rank from 0 to world - 1 held by somebody."""
+    ranks: dict[tuple[VersionId, int], set[int]] = {}
+    for part in held:
+        ranks.setdefault((part.version, part.world), set()).add(part.rank)
+    return (version for (version, world), present in ranks.items() if present >= set(range(world)))
+
+
+def _age(version: VersionId) -> tuple[int, int]:
+    return version.attempt, version.step
+
+
+def _distinct(names: Iterator[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(names))

@@ -1,0 +1,100 @@
+"""The job's machine over all short lives: invariants after every step, a way back to Running from every state."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from ray_dr.model.codec import from_json, to_json
+from ray_dr.model.recovery import Action, Event, Failed, Finished, FirstStep, Policy, Running, State, Tick, WorkerRaised
+from ray_dr.recovery.diagram import until_running
+from ray_dr.recovery.explore import Explored, explore, fair_event, opened
+from ray_dr.recovery.invariants import check
+from ray_dr.recovery.machine import step
+
+ONE = Policy(1, 1, 1, 1, unwind_s=2.0, start_s=4.0, settle_s=1.0, attempts_without_progress=0)
+TWO = replace(ONE, nodes_max=2, attempts_without_progress=1)
+FIXED = replace(TWO, nodes_min=2, min_nodes_to_run=2)
+THREE = replace(ONE, nodes_max=3, attempts_without_progress=2)
+PAIRS = replace(TWO, workers_per_node=2)
+
+LIVES = {
+    "one node, queued": (ONE, opened(ONE), 6),
+    "one node, running": (ONE, until_running(ONE), 4),
+    "two nodes, queued": (TWO, opened(TWO), 7),
+    "two nodes, running": (TWO, until_running(TWO), 4),
+    "one of two nodes, running": (TWO, until_running(ONE), 4),
+    "two nodes and no fewer, running": (FIXED, until_running(FIXED), 4),
+    "three nodes, running": (THREE, until_running(THREE), 3),
+    "two workers on each of two nodes, running": (PAIRS, until_running(PAIRS), 3),
+}
+FAIR_EVENTS = 40
+
+
+def _steps(life: str) -> tuple[Policy, list[Explored]]:
+    policy, (start, at), depth = LIVES[life]
+    return policy, list(explore(policy, start, at, depth))
+
+
+@pytest.mark.parametrize("life", LIVES)
+def test_no_short_life_breaks_an_invariant(life: str) -> None:
+    policy, steps = _steps(life)
+    for seen in steps:
+        check(seen.before, seen.event, seen.decision, policy)
+    assert len(steps) > 1000
+
+
+@pytest.mark.parametrize("life", LIVES)
+def test_every_state_comes_to_run_or_end_once_nothing_fails_any_more(life: str) -> None:
+    policy, steps = _steps(life)
+    sound: set[State] = set()
+    for state, at in {seen.decision.state: seen.at for seen in steps}.items():
+        passed = []
+        for _ in range(FAIR_EVENTS):
+            passed.append(state)
+            event = None if state in sound else fair_event(state, policy, at)
+            if event is None:
+                break
+            state, at = step(state, event, policy).state, event.at
+        assert state in sound or isinstance(state.phase, Running | Finished | Failed), passed[0]
+        sound.update(passed)
+
+
+@pytest.mark.parametrize("life", ["two nodes, running", "three nodes, running"])
+def test_what_is_said_about_an_older_attempt_or_somebody_unknown_changes_nothing(life: str) -> None:
+    policy, steps = _steps(life)
+    for seen in steps:
+        state = seen.decision.state
+        worker = state.order[0] if state.order else "x/0.1"
+        for event in (
+            FirstStep(seen.at, -1, 99),
+            WorkerRaised(seen.at, worker, -1, "late", False, 99),
+            WorkerRaised(seen.at, "nobody/0.1", state.attempt, "unknown", False, 99),
+        ):
+            decision = step(state, event, policy)
+            assert decision.state is state
+            assert decision.actions == ()
+
+
+def test_a_tick_that_changes_nothing_leaves_the_very_same_state() -> None:
+    _, steps = _steps("two nodes, running")
+    ticks = [seen for seen in steps if isinstance(seen.event, Tick)]
+    quiet = [seen for seen in ticks if seen.decision.state == seen.before]
+    assert quiet
+    assert all(seen.decision.state is seen.before and not seen.decision.actions for seen in quiet)
+
+
+def test_every_reachable_state_event_and_action_survives_the_codec() -> None:
+    policy, (start, at), _ = LIVES["two nodes, running"]
+    states, events, actions = set(), set(), set()
+    for seen in explore(policy, start, at, 3):
+        states.add(seen.decision.state)
+        events.add(seen.event)
+        actions.update(seen.decision.actions)
+    for state in states:
+        assert from_json(State, to_json(state)) == state
+    for event in events:
+        assert from_json(Event, to_json(event, tagged=True)) == event
+    for action in actions:
+        assert from_json(Action, to_json(action, tagged=True)) == action
