@@ -1,0 +1,1 @@
+"""In the training process: the only home of torch."""

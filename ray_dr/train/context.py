@@ -1,0 +1,272 @@
+"""`ctx`: what a training function sees of ray_dr."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import default_collate
+
+from ray_dr.checkpoint.cadence import due
+from ray_dr.errors import ConfigError
+from ray_dr.model.attempt import Assignment, Cadence
+from ray_dr.model.checkpoint import RECORD_WINDOW, Part, StepRecord, VersionId
+from ray_dr.model.data import Order, Slice
+from ray_dr.model.journal import DataOpened, Marked
+from ray_dr.stores.base import Store
+from ray_dr.train import data as elastic
+from ray_dr.train.collectives import Reducer
+from ray_dr.train.data import Data, StepBatch
+from ray_dr.train.link import Link
+from ray_dr.train.restore import restore
+from ray_dr.train.staging import Planner, stage
+from ray_dr.train.state import Flat, flatten
+
+RECORDS_KEPT = 4
+"""Step records that every part repeats, for the case that the part before it got lost."""
+FORCED_SAVE_S = 60.0
+"""A save that was asked for waits this long for a free slot; one that is merely due does not wait."""
+EVERY_STEP = Cadence(0, 1, 0)
+
+
+class StopAttempt(BaseException):
+    """Leaves `train` at a step boundary. Not an Exception: `except Exception` in a training loop lets it pass."""
+
+
+class Control:
+    """What other threads tell the training thread."""
+
+    def __init__(self, attempt: int, cadence: Cadence = EVERY_STEP) -> None:
+        self.attempt, self.cadence = attempt, cadence
+        self.next_cadence: Cadence | None = None
+        self.step = 0
+        self.aborted = False
+        self.everywhere = False
+        self._stop_step: int | None = None
+        self._lock = threading.Lock()
+
+    def abort(self) -> None:
+        self.aborted = True
+
+    def stop_at(self, step: int, everywhere: bool) -> int:
+        """Steps done; the request holds only when that is below `step`."""
+        with self._lock:
+            if self.step < step:
+                self._stop_step, self.everywhere = step, everywhere
+            return self.step
+
+    def finish_step(self, step: int) -> bool:
+        """Record that `step` steps are done; whether to stop here."""
+        with self._lock:
+            self.step = step
+            return self._stop_step is not None and step >= self._stop_step
+
+    def saves_due(self, step: int) -> tuple[bool, bool]:
+        """(to memory, to the store too) after `step` steps."""
+        if self.next_cadence is not None and step >= self.next_cadence.from_step:
+            self.cadence, self.next_cadence = self.next_cadence, None
+        to_store = due(step, self.cadence.store_every)
+        return to_store or due(step, self.cadence.memory_every), to_store
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """This worker's place: `rank` of `size`, `local_rank` on its node, the `device` to compute on, the `attempt`."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+    attempt: int
+
+
+class State:
+    """What `ctx.restore` gives: the named objects, restored, and the number of steps done."""
+
+    def __init__(self, objects: Mapping[str, Any], step: int) -> None:
+        self.objects = dict(objects)
+        self.step = step
+
+    @property
+    def data(self) -> Data | None:
+        """The elastic data among the objects, if any."""
+        return next((value for value in self.objects.values() if isinstance(value, Data)), None)
+
+
+class Context:
+    """Handed to `train(ctx)`. Everything a training loop needs from ray_dr."""
+
+    def __init__(self, assignment: Assignment, link: Link, control: Control, token: bytes, store: Store) -> None:
+        self._a, self._link, self._control, self._token, self._store = assignment, link, control, token, store
+        self._reducer = Reducer(assignment.rank, assignment.world, deterministic=assignment.deterministic)
+        self._planner = Planner(assignment.rank, assignment.world)
+        self._data: Data | None = None
+        self._logs: dict[str, float] = {}
+        self._window: list[StepRecord] = []
+        self.settings = dict(assignment.settings)
+
+    @property
+    def world(self) -> World:
+        """Rank, size and device of this worker in the current attempt."""
+        device = torch.device("cuda", self._a.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+        return World(self._a.rank, self._a.world, self._a.local_rank, device, self._a.attempt)
+
+    def data(self, dataset: Sequence[Any], *, global_batch: int, shuffle: bool = True, micro_batches: int | None = None,
+             collate: elastic.Collate = default_collate) -> Data:  # fmt: skip
+        """The dataset as an elastic source: each sample once per epoch, `global_batch` samples per step in all.
+
+        micro_batches   equal pieces per step, each with a backward pass of its own: to save memory, and needed for
+                        `deterministic: true`, where it defaults to the most workers the job can have
+        """
+        if self._a.deterministic and micro_batches is None:
+            micro_batches = self._a.world_most
+        order = Order(len(dataset), self._a.seed, shuffle)
+        self._data = Data(dataset, global_batch=global_batch, micro_batches=micro_batches, order=order, collate=collate)
+        return self._data
+
+    def restore(self, **objects: Any) -> State:
+        """Bring named objects to the newest checkpoint: modules, optimizers, anything with `state_dict` and
+        `load_state_dict`.
+
+        From scratch when there is none. Also hooks the gradient sum into DDP and FSDP2 modules among them. Raises
+        IncompatibleState with all differences, before anything is overwritten.
+        """
+        if self._data is not None and self._data not in objects.values():
+            objects["data"] = self._data
+        self._reducer.even = self._even(objects.values())
+        for value in objects.values():
+            if isinstance(value, nn.Module):
+                self._reducer.attach(value)
+        step = 0
+        if self._a.origin is not None:
+            restored = restore(self._a, objects, self._token, self._store, self._link)
+            step = self._a.origin.version.step
+            self._link.record(restored)
+        self._control.finish_step(step)
+        if self._a.rank == 0 and self._data is not None:
+            self._link.record(self._opened(self._data))
+        return State(objects, step)
+
+    def steps(self, state: State, *, until: int) -> Iterator[Any]:
+        """One batch per step until `until` steps are done (in all, over every attempt), saving as is due on the way.
+
+        With data: what this rank computes of the step's global batch. Without: the step's number, from 0.
+        """
+        while state.step < until:
+            self._check()
+            begun = time.monotonic()
+            slices, indices, batch = self._batch(state)
+            yield batch
+            self._finish(state, slices, indices, time.monotonic() - begun, last=state.step + 1 >= until)
+
+    def micro_batches(self, batch: Any) -> Iterator[Any]:
+        """The micro-batches of a step's batch on this rank; do forward and backward for each. A batch that is not cut
+        comes back as it is."""
+        if not isinstance(batch, StepBatch):
+            yield batch
+            return
+        yield from batch.passes()
+
+    def log(self, **values: Any) -> None:
+        """Numbers to keep with this step, in the journal (a tensor's value is read)."""
+        self._logs.update({key: float(value) for key, value in values.items()})
+
+    def _even(self, objects: Iterable[Any]) -> bool:
+        """Whether all ranks take equal shares of a step, in one pass each."""
+        data = next((value for value in objects if isinstance(value, Data)), None)
+        return data is None or (data.micro_batches is None and data.global_batch % self._a.world == 0)
+
+    # -- a step
+
+    def _check(self) -> None:
+        if self._control.aborted:
+            raise StopAttempt
+
+    def _batch(self, state: State) -> tuple[tuple[Slice, ...], list[list[int]], Any]:
+        data = state.data
+        if data is None:
+            return (), [], state.step
+        slices = data.slices(state.step, self._a.rank, self._a.world, padded=self._reducer.pads)
+        indices = [data.indices(piece) for piece in slices]
+        if data.micro_batches is None:
+            elastic.seed_everything(self._a.seed, slices[0].first)
+            self._reducer.begin_pass(slices[0].weight, 0, 1, self._a.world)
+            return slices, indices, data.fetch(indices[0])
+        return slices, indices, StepBatch(lambda: self._passes(data, slices, indices))
+
+    def _passes(self, data: Data, slices: tuple[Slice, ...], indices: list[list[int]]) -> Iterator[Any]:
+        assert data.micro_batches is not None
+        for round_, (piece, chosen) in enumerate(zip(slices, indices, strict=True)):
+            elastic.seed_everything(self._a.seed, piece.first)
+            self._reducer.begin_pass(piece.weight, round_, len(slices), data.micro_batches)
+            yield data.fetch(chosen)
+            self._reducer.end_pass()
+
+    def _finish(
+        self, state: State, slices: tuple[Slice, ...], indices: list[list[int]], took_s: float, last: bool
+    ) -> None:
+        """A step's body is through: count it, say so, save if due, stop if asked."""
+        self._check()
+        state.step += 1
+        if (data := state.data) is not None:
+            data.position = state.step * data.global_batch
+        stop = self._control.finish_step(state.step)
+        self._say(state.step, slices, indices, took_s)
+        memory, to_store = self._control.saves_due(state.step)
+        if stop or last:
+            self._save(state, to_store=last or self._control.everywhere, wait_s=FORCED_SAVE_S)
+        elif memory:
+            self._save(state, to_store=to_store, wait_s=0.0)
+        if stop and not last:
+            raise StopAttempt
+
+    def _say(self, step: int, slices: tuple[Slice, ...], indices: list[list[int]], took_s: float) -> None:
+        used = [(piece, chosen) for piece, chosen in zip(slices, indices, strict=True) if piece.weight]
+        ranges = tuple((piece.first, piece.last) for piece, _ in used)
+        witness = elastic.witness([index for _, chosen in used for index in chosen])
+        logs, self._logs = self._logs, {}
+        record = StepRecord(self._a.attempt, step, self._a.rank, self._a.world, ranges, witness, took_s, logs)
+        self._window = [*self._window[-RECORD_WINDOW + 1 :], record]
+        self._link.step(record, time.time())
+
+    # -- saving
+
+    def _save(self, state: State, *, to_store: bool, wait_s: float) -> None:
+        begun = time.monotonic()
+        flat = flatten(state.objects, rank=self._a.rank, world=self._a.world)
+        plan = self._planner.plan(flat)
+        if not self._link.asked:
+            self._link.open_pool(plan.size)
+        taken = self._link.take_slot(plan.size, wait_s)
+        if taken is None:
+            if wait_s:
+                raise ConfigError(f"no memory slot of {plan.size} bytes became free in {wait_s:g} s", key="checkpoint",
+                                  remedy="see store.* notes in `ray-dr status`; a store may be hanging")  # fmt: skip
+            return
+        index, slot = taken
+        stage(plan, flat, slot)
+        part = self._part(state, flat, plan)
+        self._window = self._window[-RECORDS_KEPT:]  # the part carries the rest; these few cover a part that gets lost
+        self._link.staged(
+            index, part, staged_at=time.time(), stall_s=time.monotonic() - begun, copy_to=self._a.copy_to,
+            to_store=to_store, job=self._a.job, term=self._a.term,
+        )  # fmt: skip
+
+    def _part(self, state: State, flat: Flat, plan: Any) -> Part:
+        version = VersionId(self._a.attempt, state.step)
+        scalars = flat.scalars if self._a.rank == 0 else {}
+        return Part(version, self._a.rank, self._a.world, plan.size, plan.shards, (), scalars, tuple(self._window))
+
+    def _opened(self, data: Data) -> DataOpened:
+        order = data.order
+        return DataOpened(time.time(), self._a.attempt, order.length, data.global_batch, data.micro_batches or 0,
+                          order.seed, order.shuffle)  # fmt: skip
+
+    def mark(self, name: str, took_s: float = 0.0) -> None:
+        """Put a moment on the job's timeline."""
+        self._link.record(Marked(time.time(), self._a.attempt, name, took_s))

@@ -1,0 +1,117 @@
+"""A worker's line to the node agent beside it: what it did, what it staged; and back, which slots are free.
+
+Everything a worker says goes through here in order, so the supervisor never hears of an end before the steps that led
+to it.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+from ray_dr.checkpoint.described import describe
+from ray_dr.checkpoint.memory import attach
+from ray_dr.errors import StoreError
+from ray_dr.model import codec
+from ray_dr.model.checkpoint import Part, StepRecord
+from ray_dr.model.journal import Record
+from ray_dr.model.recovery import Event
+from ray_dr.stores.wire import connect
+from ray_dr.train.staging import pin
+
+
+class Link:
+    """Thread-safe. One per worker process; its closing is how the agent knows at once that the process is gone."""
+
+    def __init__(self, agent: str, token: bytes, worker: str, pid: int) -> None:
+        self._connection = connect(agent, token)
+        self._changed = threading.Condition()
+        self._slots: list[memoryview] = []
+        self._free: set[int] = set()
+        self._path = ""
+        self._asked = self._answered = False
+        self._connection.send({"op": "worker", "worker": worker, "pid": pid})
+        threading.Thread(target=self._listen, name="link", daemon=True).start()
+
+    def open_pool(self, size: int) -> None:
+        """Ask for slots of at least `size` bytes; they come when the agent has touched every page of them."""
+        with self._changed:
+            self._asked, self._answered = True, False
+            self._free.clear()
+        self._connection.send({"op": "pool", "size": size})
+
+    @property
+    def asked(self) -> bool:
+        """Whether this attempt has asked for its slots."""
+        return self._asked
+
+    def reset(self) -> None:
+        """A new attempt: slots must be asked for again, in the size of its plan."""
+        with self._changed:
+            self._asked = self._answered = False
+            self._free.clear()
+
+    def take_slot(self, size: int, wait_s: float) -> tuple[int, memoryview] | None:
+        """A free slot of at least `size` bytes, or None when there is none within `wait_s` seconds."""
+        deadline = time.monotonic() + wait_s
+        with self._changed:
+            while not (self._answered and self._free and self._slots and len(self._slots[0]) >= size):
+                if not self._changed.wait(max(0.0, deadline - time.monotonic())) and time.monotonic() >= deadline:
+                    return None
+            index = min(self._free)
+            self._free.discard(index)
+            return index, self._slots[index]
+
+    def staged(self, slot: int, part: Part, *, staged_at: float, stall_s: float, copy_to: str, to_store: bool, job: str,
+               term: int) -> None:  # fmt: skip
+        """Hand a filled slot over to the agent."""
+        self._connection.send({
+            "op": "staged", "slot": slot, "part": describe(part), "staged_at": staged_at, "stall_s": stall_s,
+            "copy_to": copy_to, "to_store": to_store, "job": job, "term": term,
+        })  # fmt: skip
+
+    def step(self, record: StepRecord, at: float) -> None:
+        """One step is done."""
+        self._connection.send({"op": "step", "record": codec.to_json(record), "at": at})
+
+    def record(self, record: Record) -> None:
+        """A record for the journal."""
+        self._connection.send({"op": "record", "record": codec.to_json(record, tagged=True)})
+
+    def event(self, event: Event) -> None:
+        """An event for the job's machine."""
+        self._connection.send({"op": "event", "event": codec.to_json(event, tagged=True)})
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def _listen(self) -> None:
+        try:
+            while True:
+                header, _ = self._connection.receive()
+                self._take(header)
+        except StoreError:
+            return  # the agent is gone: the supervisor learns it from its own connection
+
+    def _take(self, header: dict[str, Any]) -> None:
+        with self._changed:
+            if header["op"] == "pool":
+                # Slots that came free after the agent had drawn up its answer are news that may arrive before it. None
+                # can have been taken meanwhile: before the answer no slot is handed out.
+                early = self._free if header["path"] == self._path else set()
+                self._map(header)
+                self._free = early | set(header["free"])
+                self._answered = True
+            elif header["op"] == "free" and header["path"] == self._path:
+                self._free.add(header["slot"])
+            self._changed.notify_all()
+
+    def _map(self, header: dict[str, Any]) -> None:
+        if header["path"] == self._path:
+            return
+        size, count = header["size"], header["slots"]
+        whole = attach(header["path"], size * count)
+        self._path = header["path"]
+        self._slots = [whole[i * size : (i + 1) * size] for i in range(count)]
+        pin(whole)

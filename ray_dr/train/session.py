@@ -1,0 +1,159 @@
+"""One worker process: runs `train(ctx)` for attempt after attempt without ever being thrown away."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import hashlib
+import os
+import re
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ray_dr.errors import CheckpointError, IncompatibleState, RayDrError, UnsupportedState
+from ray_dr.model import codec
+from ray_dr.model.attempt import Assignment, Cadence
+from ray_dr.model.journal import Marked, Noted
+from ray_dr.model.recovery import WorkerRaised, WorkerReturned, WorkerStopped
+from ray_dr.stores.open import open_store
+from ray_dr.train import collectives
+from ray_dr.train.context import Context, Control, StopAttempt
+from ray_dr.train.link import Link
+
+ERROR_CHARS = 4000
+FOREIGN_ERROR_CHARS = 400
+
+
+class Session:
+    """What lives as long as the process: the line to the agent, the rendezvous store, the thread that trains."""
+
+    def __init__(self, worker: str, agent: str, token: bytes, host: str, train: Callable[[Context], None]) -> None:
+        self._worker, self._token, self._train = worker, token, train
+        self._link = Link(agent, token, worker, os.getpid())
+        self._store = collectives.host_store(host)
+        self.rendezvous = f"{host}:{self._store.port}"
+        self._lock = threading.Lock()
+        self._threads = torch.get_num_threads()
+        self._control = Control(0)
+        self._breaker: collectives.Breaker | None = None
+        self._assignment: Assignment | None = None
+        self._thread: threading.Thread | None = None
+        gc.collect()
+        gc.freeze()  # what is imported stays: a collection between attempts then takes milliseconds
+
+    def start(self, assignment: Assignment) -> bool:
+        """Begin an attempt in a thread of its own. False when this or a newer attempt has already begun."""
+        with self._lock:
+            if assignment.attempt <= self._control.attempt:
+                return False
+            self._control = Control(assignment.attempt, assignment.cadence)
+            self._breaker = collectives.Breaker()
+            self._assignment = assignment
+            args = (assignment, self._control)
+            self._thread = threading.Thread(target=self._run, args=args, name="train", daemon=True)
+            self._thread.start()
+            return True
+
+    def abort(self, attempt: int) -> bool:
+        """Make the attempt's `train` leave wherever it is: in a collective at once, else at its next step."""
+        with self._lock:
+            if attempt != self._control.attempt or self._assignment is None or self._breaker is None:
+                return False
+            self._control.abort()
+            breaker, rendezvous = self._breaker, self._assignment.rendezvous
+        breaker.abort(rendezvous)
+        return True
+
+    def stop_at(self, attempt: int, step: int, everywhere: bool) -> int:
+        """Ask to stop after `step` steps. The steps done so far; from `step` on: too late, choose a later one."""
+        with self._lock:
+            return self._control.stop_at(step, everywhere) if attempt == self._control.attempt else -1
+
+    def set_cadence(self, attempt: int, cadence: Cadence) -> bool:
+        """Save at other intervals from a later step on."""
+        with self._lock:
+            if attempt != self._control.attempt:
+                return False
+            self._control.next_cadence = cadence
+            return True
+
+    def status(self) -> dict[str, Any]:
+        """What this worker is doing: attempt, rank, steps done, whether `train` is running, the version it began from."""
+        thread, assignment = self._thread, self._assignment
+        origin = assignment.origin if assignment else None
+        return {
+            "attempt": self._control.attempt, "step": self._control.step,
+            "running": thread is not None and thread.is_alive(), "rank": assignment.rank if assignment else -1,
+            "restore": codec.to_json(origin.version) if origin else None,
+        }  # fmt: skip
+
+    def _run(self, a: Assignment, control: Control) -> None:
+        outcome: WorkerReturned | WorkerStopped | WorkerRaised
+        try:
+            self._link.reset()
+            self._attempt(a, control)
+            outcome = WorkerReturned(time.time(), a.worker, a.attempt, control.step)
+        except StopAttempt:
+            outcome = WorkerStopped(time.time(), a.worker, a.attempt, control.step)
+        except BaseException as error:
+            outcome = self._raised(a, control, error)
+            traceback.clear_frames(error.__traceback__)
+        with contextlib.suppress(RuntimeError):  # a broken group may complain: the outcome is told all the same
+            collectives.leave()
+        gc.collect()
+        self._link.event(outcome)
+
+    def _attempt(self, a: Assignment, control: Control) -> None:
+        started = time.monotonic()
+        _prepare_process(a, threads=self._threads)
+        collectives.join(
+            a.rendezvous, self._store, attempt=a.attempt, rank=a.rank, world=a.world, backend=_backend(a.backend)
+        )
+        if a.rank == 0:
+            self._link.record(Marked(time.time(), a.attempt, "group_joined", time.monotonic() - started))
+        ctx = Context(a, self._link, control, self._token, open_store(a.store_url))
+        self._train(ctx)
+
+    def _raised(self, a: Assignment, control: Control, error: BaseException) -> WorkerStopped | WorkerRaised:
+        if control.aborted:
+            return WorkerStopped(time.time(), a.worker, a.attempt, control.step)
+        collateral = collectives.is_collective_error(error)
+        if not collateral:
+            text = "".join(traceback.format_exception(error))[-ERROR_CHARS:]
+            self._link.record(Noted(time.time(), "train.raised", {"worker": a.worker, "rank": a.rank, "trace": text}))
+        unreadable = isinstance(error, CheckpointError) and not isinstance(error, IncompatibleState | UnsupportedState)
+        return WorkerRaised(
+            time.time(), a.worker, a.attempt, normalise(error), collateral, control.step, unreadable=unreadable
+        )
+
+
+def normalise(error: BaseException) -> str:
+    """An exception without what changes from run to run: addresses, ports, numbers of lines and ranks."""
+    text = str(error)
+    if not isinstance(error, RayDrError):  # a torch error begins with a path of its build and ends with advice
+        text = re.sub(r"0x[0-9a-f]+|\d+", "#", re.sub(r"^\[\S+:\d+\] ", "", text).partition(". This may ")[0])
+    most = ERROR_CHARS if isinstance(error, RayDrError) else FOREIGN_ERROR_CHARS
+    if len(text) > most:
+        text = text[:most] + "... " + hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
+    return f"{type(error).__name__}: {text}"
+
+
+def _prepare_process(a: Assignment, *, threads: int) -> None:
+    if torch.cuda.is_available():
+        torch.cuda.set_device(a.local_rank % torch.cuda.device_count())
+    torch.use_deterministic_algorithms(a.deterministic)
+    torch.set_num_threads(1 if a.deterministic else threads)  # how a kernel splits its sums depends on their number
+    if a.deterministic:
+        os.environ.update(CUBLAS_WORKSPACE_CONFIG=":4096:8")  # else cuBLAS refuses to be deterministic
+    os.environ.update(RANK=str(a.rank), WORLD_SIZE=str(a.world), LOCAL_RANK=str(a.local_rank))
+
+
+def _backend(wanted: str) -> str:
+    if wanted != "auto":
+        return wanted
+    return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
