@@ -1,0 +1,1 @@
+"""The only home of ray. Thin: decisions are made elsewhere, here they happen."""

@@ -1,0 +1,287 @@
+"""The agent of one node: owns its shared memory, carries staged parts away, and speaks for its workers.
+
+It is a process of its own, so a snapshot outlives the worker that took it. Workers, peers and the supervisor reach it
+through one authenticated server (`stores.wire`); a closed connection is the fastest news of a death there is.
+
+    worker      "worker" then "pool", "staged", "step", "record", "event"; the agent answers "pool" and "free"
+    peer        "hold" (a copy arrives), "part", "place", "read" (a restore reads)
+    supervisor  "watch": from then on reports flow, each with a number; "ack" lets the agent forget them
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import select
+import threading
+import time
+from collections import deque
+from typing import Any
+
+import ray
+from blake3 import blake3
+
+from ray_dr.checkpoint.described import describe, parse
+from ray_dr.checkpoint.vault import Holding, Vault
+from ray_dr.checkpoint.writer import Task, Writer
+from ray_dr.errors import CorruptChunk, NotFound, StoreError
+from ray_dr.model import codec
+from ray_dr.model.checkpoint import Chunk, PartRef, VersionId
+from ray_dr.model.journal import Record, Stepped
+from ray_dr.stores.open import open_store
+from ray_dr.stores.wire import Connection, Header, Server
+
+BEAT_S = 0.25
+"""A watched agent reports at least this often."""
+GATHER_S = 0.02
+"""News that is not urgent waits this long for more, so that one report carries many steps."""
+ORPHAN_S = 600.0
+"""Without a supervisor for so long, an agent ends, and its workers with it."""
+OUTBOX_MAX = 100_000
+REPORT_MAX = 2000
+"""Messages per report, so that a long backlog stays below the limit of a frame."""
+READ_MAX_BYTES = 64 * 2**20
+
+
+class Outbox:
+    """Numbered messages for the supervisor, kept until it has written them down. Bounded: then the oldest steps go."""
+
+    def __init__(self) -> None:
+        self._messages: deque[tuple[int, Header]] = deque()
+        self._changed = threading.Condition()
+        self._next = 1
+        self._urgent = False
+        self._watcher: Connection | None = None
+        self.watched_at = time.monotonic()
+
+    def put(self, message: Header, *, urgent: bool = False) -> None:
+        """Queue a message; an urgent one is sent at once."""
+        with self._changed:
+            self._messages.append((self._next, message))
+            self._next += 1
+            self._urgent |= urgent
+            if len(self._messages) > OUTBOX_MAX:
+                self._messages.popleft()
+            self._changed.notify_all()
+
+    def serve(self, connection: Connection) -> None:
+        """Stream to a supervisor until its connection breaks or another one takes over."""
+        with self._changed:
+            self._watcher = connection
+            self._changed.notify_all()
+        threading.Thread(target=self._acks, args=(connection,), name="acks", daemon=True).start()
+        sent = 0
+        while self._watcher is connection:
+            batch = self._gather(sent)
+            connection.send({"last": batch[-1][0] if batch else sent, "messages": [message for _, message in batch]})
+            sent = batch[-1][0] if batch else sent
+            self.watched_at = time.monotonic()
+
+    def _gather(self, sent: int) -> list[tuple[int, Header]]:
+        with self._changed:
+            self._changed.wait_for(lambda: self._next - 1 > sent, BEAT_S)
+            if not self._urgent and self._next - 1 > sent:
+                self._changed.wait_for(lambda: self._urgent, GATHER_S)
+            self._urgent = False
+            fresh = (pair for pair in self._messages if pair[0] > sent)
+            return list(itertools.islice(fresh, REPORT_MAX))
+
+    def _acks(self, connection: Connection) -> None:
+        with contextlib.suppress(StoreError):
+            while True:
+                header, _ = connection.receive()
+                with self._changed:
+                    while self._messages and self._messages[0][0] <= header["ack"]:
+                        self._messages.popleft()
+
+
+class Agent:
+    """The agent without Ray: what the actor below hosts."""
+
+    def __init__(self, node: str, host: str, store_url: str, token: bytes) -> None:
+        self.node = node
+        self.outbox = Outbox()
+        self.vault = Vault(node, self._give_back)
+        self.writer = Writer(self.vault, open_store(store_url), token, self._report)
+        self._links: dict[str, Connection] = {}
+        self._closing = False
+        self._server = Server(host, token, self._serve)
+        self.address = self._server.address
+
+    def close(self) -> None:
+        """End the server and give the memory back."""
+        self._closing = True
+        self._server.close()
+        self.writer.close()
+        self.vault.close()
+
+    # -- outwards
+
+    def _report(self, record: Record, ref: PartRef | None) -> None:
+        message: Header = {"record": codec.to_json(record, tagged=True)}
+        if ref is not None:
+            message["ref"] = codec.to_json(ref)
+        self.outbox.put(message)
+
+    def _give_back(self, worker: str, slot: int, path: str) -> None:
+        link = self._links.get(worker)
+        if link is not None:
+            with contextlib.suppress(StoreError):
+                link.send({"op": "free", "slot": slot, "path": path})
+
+    # -- inwards
+
+    def _serve(self, connection: Connection) -> None:
+        header, _ = connection.receive()
+        if header["op"] == "worker":
+            self._serve_worker(connection, header["worker"])
+        elif header["op"] == "watch":
+            self.outbox.serve(connection)
+        else:
+            self._serve_peer(connection, header)
+
+    def _serve_worker(self, connection: Connection, worker: str) -> None:
+        self._links[worker] = connection
+        try:
+            while True:
+                header, _ = connection.receive()
+                self._from_worker(connection, worker, header)
+        finally:
+            self._links.pop(worker, None)
+            self.vault.forget_worker(worker)
+            if not self._closing:
+                self.outbox.put({"lost": worker}, urgent=True)
+
+    def _from_worker(self, connection: Connection, worker: str, header: Header) -> None:
+        match header["op"]:
+            case "step":
+                self.outbox.put({"record": {"type": Stepped.__name__, "at": header["at"], "record": header["record"]}})
+            case "staged":
+                self._staged(worker, header)
+            case "record":
+                self.outbox.put({"record": header["record"]})
+            case "event":
+                self.outbox.put({"event": header["event"]}, urgent=True)
+            case "pool":
+                threading.Thread(target=self._pool, args=(connection, worker, header["size"]), daemon=True).start()
+
+    def _pool(self, connection: Connection, worker: str, size: int) -> None:
+        path, per_slot, count, free = self.vault.open_pool(worker, size)
+        if self._links.get(worker) is not connection:
+            self.vault.forget_worker(worker)  # it died while its pool was being made
+            return
+        with contextlib.suppress(StoreError):
+            connection.send({"op": "pool", "path": path, "size": per_slot, "slots": count, "free": list(free)})
+
+    def _staged(self, worker: str, header: Header) -> None:
+        part = parse(header["part"])
+        holding = self.vault.stage(
+            worker, header["slot"], version=part.version, rank=part.rank, world=part.world, size=part.size
+        )
+        self.writer.submit(
+            Task(holding, part, header["staged_at"], header["stall_s"], header["copy_to"], header["to_store"],
+                 header["job"], header["term"])
+        )  # fmt: skip
+
+    def _serve_peer(self, connection: Connection, header: Header) -> None:
+        while True:
+            try:
+                if header["op"] == "hold":
+                    self._hold(connection, header["size"])
+                else:
+                    self._answer(connection, header)
+            except (NotFound, CorruptChunk) as error:
+                connection.send({"error": str(error)})
+            header, _ = connection.receive()
+
+    def _answer(self, connection: Connection, header: Header) -> None:
+        holding = self.vault.read(codec.from_json(VersionId, header["version"]), header["rank"])
+        try:
+            if header["op"] == "part":
+                assert holding.part is not None, "only sealed parts are read"
+                connection.send({"part": describe(holding.part)})
+            elif header["op"] == "place":
+                connection.send(_place(holding))
+            elif header["op"] == "read":
+                size = min(header["size"], READ_MAX_BYTES)
+                connection.send({"size": size}, holding.view[header["start"] : header["start"] + size])
+        finally:
+            self.vault.done(holding)
+
+    def _hold(self, connection: Connection, size: int) -> None:
+        """Take a peer's part in, chunk by chunk, each verified before it counts."""
+        buffer = self.vault.buffer(size)
+        arrived: list[Chunk] = []
+        while True:
+            header, length = connection.receive()
+            if "part" in header:
+                break
+            if not 0 <= header["at"] <= size - length:
+                raise StoreError(f"{connection.peer} sent bytes beyond the {size} it had announced")
+            piece = buffer[header["at"] : header["at"] + length]
+            connection.read_into(piece)
+            arrived.append(Chunk(blake3(piece, max_threads=1).hexdigest(), header["at"], length))
+        part = parse(header["part"])
+        bad = next((chunk for chunk in part.chunks if chunk not in arrived), None)
+        if bad is not None or part.size != size:
+            self.vault.recycle(buffer)
+            raise CorruptChunk(bad.id if bad else "", source=connection.peer)
+        self.vault.keep_copy(part, buffer)
+        for record in part.records:
+            self.outbox.put({"witness": codec.to_json(record)})
+        connection.send({"ok": True})
+
+
+def _place(holding: Holding) -> Header:
+    """Where a process of this node can map a holding."""
+    if holding.slot is None:
+        return {"path": "", "offset": 0}
+    return {"path": holding.slot.pool.path, "offset": holding.slot.index * len(holding.slot.view)}
+
+
+def outlive_nobody(agent: Agent) -> None:
+    """End this process at once when its raylet dies (the node is gone for Ray: lingering would only delay the news),
+    and after ORPHAN_S without a supervisor."""
+    raylet = os.pidfd_open(os.getppid())
+    poller = select.poll()
+    poller.register(raylet, select.POLLIN)
+    while not poller.poll(1000):
+        if time.monotonic() - agent.outbox.watched_at > ORPHAN_S:
+            break
+    os._exit(1)
+
+
+class NodeAgent:
+    """The Ray actor: `num_cpus=0`, detached, one per node and job."""
+
+    def __init__(self, job: str, store_url: str, token: bytes) -> None:
+        self._job = job
+        node = ray.get_runtime_context().get_node_id()
+        self._agent = Agent(node, ray.util.get_node_ip_address(), store_url, token)
+        threading.Thread(target=outlive_nobody, args=(self._agent,), name="outlive-nobody", daemon=True).start()
+
+    def describe(self) -> dict[str, Any]:
+        """Node, address and process of this agent."""
+        return {"node": self._agent.node, "address": self._agent.address, "pid": os.getpid()}
+
+    def held(self, settle_s: float) -> Any:
+        """The sealed parts in memory, after what was just staged is sealed too (JSON of model.checkpoint.Held)."""
+        self._agent.writer.settle(settle_s)
+        return codec.to_json(self._agent.vault.held())
+
+    def begin(self, keep: Any) -> None:
+        """A new attempt starts from version `keep` (JSON, or None)."""
+        self._agent.vault.begin(codec.from_json(VersionId, keep) if keep else None)
+
+    def completed(self, version: Any) -> None:
+        """Every part of a version has its copies."""
+        self._agent.vault.completed(codec.from_json(VersionId, version))
+
+    def store_again(self, version: Any, term: int) -> int:
+        """Put this node's own parts of a version into the store once more."""
+        return self._agent.writer.store_again(codec.from_json(VersionId, version), self._job, term)
+
+    def close(self) -> None:
+        """End well: nothing of this agent stays."""
+        self._agent.close()

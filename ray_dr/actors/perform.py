@@ -1,0 +1,500 @@
+"""Action -> effect. Every action is idempotent, runs beside the loop, and its outcome comes back as an event."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, assert_never
+
+from ray_dr.actors import cluster
+from ray_dr.actors.watch import Watch
+from ray_dr.checkpoint.pace import first_cadence
+from ray_dr.errors import ClusterError, Fenced, StoreError
+from ray_dr.model import codec
+from ray_dr.model.attempt import Assignment, Cadence, Origin
+from ray_dr.model.checkpoint import Held, VersionId
+from ray_dr.model.journal import Marked
+from ray_dr.model.recovery import (
+    AbortGroup,
+    Action,
+    ActionFailed,
+    CloseJob,
+    Event,
+    FormGroup,
+    Group,
+    InventoryTaken,
+    KillWorker,
+    NodeJoined,
+    ReleaseNode,
+    RequestNodes,
+    Saved,
+    SaveFinal,
+    StartWorkers,
+    State,
+    StopGroup,
+    TakeInventory,
+    WorkerLost,
+    WorkerReady,
+)
+from ray_dr.recovery.plan import choose_version, copies
+from ray_dr.repository import prune
+
+if TYPE_CHECKING:
+    from ray_dr.actors.supervisor import Host
+
+THREADS = 16
+DISCOVER_S = 0.25
+CALL_S = 10.0
+SETTLE_S = 2.0
+"""An inventory waits this long for parts that are being hashed right now."""
+SEAL_S = 30.0
+STOP_AHEAD_S = 0.4
+STOP_TRIES = 6
+FINAL_RETRY_S = 1.0
+AGENT_START_S = 20.0
+"""After so long an agent that has not come up no longer counts as a node to come."""
+
+
+@dataclass(slots=True)
+class AgentRef:
+    """A living agent; `watch` is the open connection to it."""
+
+    node: str
+    handle: Any
+    address: str
+    watch: Watch
+
+
+@dataclass(slots=True)
+class WorkerRef:
+    """A worker process; `rendezvous` is known once it is ready."""
+
+    worker: str
+    node: str
+    handle: Any
+    rendezvous: str = ""
+    attempt: int = 0
+    step: int = 0
+    running: bool = False
+    rank: int = -1
+    restore: VersionId | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a restarted supervisor finds alive."""
+
+    events: tuple[Event, ...]
+    workers: tuple[WorkerRef, ...]
+    group: Group | None
+    step: int
+
+
+class Performer:
+    """Holds the handles. Called by the loop; its threads only enqueue events."""
+
+    def __init__(self, host: Host, train: bytes, token: bytes) -> None:
+        self._host, self._train, self._token = host, train, token
+        self._job = host.job
+        self._state: State = host.state
+        self._agents: dict[str, AgentRef] = {}
+        self._workers: dict[str, WorkerRef] = {}
+        self._coming: dict[str, float] = {}
+        self._incarnation: dict[str, int] = {}
+        self._pool = ThreadPoolExecutor(THREADS, "perform")
+        self._closing = threading.Event()
+        self.cadence = first_cadence(host.job)
+        self.final: VersionId | None = None
+        self.copying = False
+        self._began: VersionId | None = None
+        self._target = self._asked = 0
+        self.unreadable: frozenset[VersionId] = frozenset()
+
+    # -- what the loop asks
+
+    def know(self, state: State) -> None:
+        """The newest state, for threads that only read."""
+        self._state = state
+
+    def node_of(self, worker: str) -> str | None:
+        """The node of a worker, if it is known."""
+        ref = self._workers.get(worker)
+        return ref.node if ref else None
+
+    def ack(self, node: str, last: int) -> None:
+        """The journal is in the store up to here."""
+        agent = self._agents.get(node)
+        if agent is not None:
+            agent.watch.ack(last)
+
+    def tell_completed(self, version: VersionId) -> None:
+        """Every agent may let go of what is older."""
+        for agent in tuple(self._agents.values()):
+            agent.handle.completed.remote(codec.to_json(version))
+
+    def set_cadence(self, group: Group, cadence: Cadence) -> None:
+        """Tell every member."""
+        self.cadence = cadence
+        for ref in self._refs(group.members):
+            ref.handle.set_cadence.remote(group.attempt, codec.to_json(cadence))
+
+    def perform(self, action: Action) -> None:
+        """Begin an action. What takes time runs in a thread; what fails comes back as ActionFailed."""
+        match action:
+            case StartWorkers(node, count):
+                for _ in range(count):
+                    self._start_worker(node)
+            case RequestNodes(count):
+                self._target = count
+                self._later(action, self._ask_for_nodes)
+            case ReleaseNode(node):
+                self._drop_node(node)
+            case AbortGroup(attempt, members):
+                for ref in self._refs(members):
+                    ref.handle.abort.remote(attempt)
+            case KillWorker(worker):
+                self._drop_worker(worker)
+            case TakeInventory(incident, ask):
+                self._later(action, lambda: self._take_inventory(incident, ask))
+            case FormGroup(group):
+                self._host.begin(group)
+                self._later(action, lambda: self._form(group))
+            case StopGroup(attempt, everywhere):
+                self._later(action, lambda: self._stop(attempt, everywhere))
+            case SaveFinal(attempt, step):
+                self.final = VersionId(attempt, step)
+                self._later(action, lambda: self._save_final(VersionId(attempt, step)))
+            case CloseJob(outcome):
+                if outcome == "fenced":
+                    self._closing.set()
+            case _:
+                assert_never(action)
+
+    def close(self) -> None:
+        """End everything of this job. A fenced supervisor ends only what still listens to it: a newer one on the same cluster
+        has taken the agents over (each listens to one supervisor), a newer one elsewhere wants none of them."""
+        fenced = self._closing.is_set()
+        self._closing.set()
+        agents, workers = tuple(self._agents.values()), tuple(self._workers.values())
+        for agent in agents:
+            agent.watch.close()
+        cluster.gather([agent.handle.close.remote() for agent in agents], CALL_S)
+        if fenced:
+            mine = {agent.node for agent in agents}
+            doomed = [agent.handle for agent in agents] + [ref.handle for ref in workers if ref.node in mine]
+        else:
+            doomed = [cluster.actor(name) for name in cluster.actors_of(self._job.name)]
+        for handle in doomed:
+            cluster.kill(handle)
+        cluster.request_nodes(0, self._job.workers)
+
+    def give_up(self, version: VersionId) -> None:
+        """A version of which no copy is whole is not restored again, and is struck from the commit log when there is another:
+        a later save must not reuse its chunks."""
+        self.unreadable |= {version}
+        self._pool.submit(self._strike, version)
+
+    def _strike(self, version: VersionId) -> None:
+        try:
+            seen = self._host.log.refresh()
+            kept = [manifest for manifest in seen.checkpoints if manifest.version != version]
+            if kept and len(kept) < len(seen.checkpoints):
+                self._host.log.keep(kept, term=self._host.term, seen=seen)
+        except (StoreError, Fenced) as error:
+            self._host.note("store.unavailable", error=str(error), store=self._host.store.url)
+
+    # -- nodes
+
+    def discover(self) -> None:
+        """Start looking for nodes, for as long as the job lives."""
+        threading.Thread(target=self._discover, name="discover", daemon=True).start()
+
+    def _discover(self) -> None:
+        while not self._closing.wait(DISCOVER_S):
+            try:
+                for node in self._wanted_nodes():
+                    self._start_agent(node)
+                self._ask_for_nodes()
+            except Exception as error:
+                self._host.note("cluster.unreachable", error=repr(error))
+
+    def _ask_for_nodes(self) -> None:
+        """Ask for the minimum first and then for one node more than there are: the autoscaler launches nothing at all for a
+        request that is larger than its cluster may become."""
+        alive = sum(cluster.fits(node, self._job.workers) for node in cluster.nodes())
+        count = min(self._target, max(self._job.workers.nodes_min, alive + 1))
+        if self._target and count != self._asked:
+            cluster.request_nodes(count, self._job.workers)
+            self._asked = count
+
+    def _wanted_nodes(self) -> Iterable[str]:
+        """Living nodes without an agent, as many as the job still wants. An agent that does not come up (a node that Ray
+        does not yet know to be dead) gives its place away after AGENT_START_S, at once when the node was lost before."""
+        now = time.monotonic()
+        pending = sum(now - since < AGENT_START_S for since in self._coming.values())
+        room = self._host.policy.nodes_max - len(self._agents) - pending
+        free = [
+            node.id for node in cluster.nodes()
+            if cluster.fits(node, self._job.workers) and node.id not in self._agents and node.id not in self._coming
+        ]  # fmt: skip
+        return free[: max(0, room)]
+
+    def _start_agent(self, node: str) -> None:
+        number = self._incarnation[node] = self._incarnation.get(node, 0) + 1
+        before = number > 1
+        self._coming[node] = time.monotonic() - (AGENT_START_S if before else 0.0)
+        handle = cluster.start_agent(self._job.name, f"{node}:{self._host.term}.{number}", node, self._job.store.url,
+                                     self._token)  # fmt: skip
+        cluster.when_done(handle.describe.remote(), lambda future: self._agent_up(node, handle, future), self._pool)
+
+    def _agent_up(self, node: str, handle: Any, future: Future[Any]) -> None:
+        self._coming.pop(node, None)
+        try:
+            self._join(node, handle, future.result())
+        except Exception as error:
+            self._host.note("agent.failed", node=node, error=repr(error))
+            return
+        self._host.post(NodeJoined(time.time(), node))
+
+    def _join(self, node: str, handle: Any, said: dict[str, Any]) -> None:
+        watch = Watch(node, said["address"], self._token, silent_s=self._job.recovery.silent_s,
+                      heard=self._host.heard, lost=self._node_lost)  # fmt: skip
+        self._agents[node] = AgentRef(node, handle, said["address"], watch)
+
+    def _node_lost(self, node: str, how: str) -> None:
+        agent = self._agents.pop(node, None)
+        self._host.lost(node, how)
+        if agent is not None:
+            self._pool.submit(self._bury, node, agent)
+
+    def _bury(self, node: str, agent: AgentRef) -> None:
+        """What is left of a lost node must not come back: end its agent and workers, should they still live."""
+        cluster.kill(agent.handle)
+        for worker in [ref.worker for ref in tuple(self._workers.values()) if ref.node == node]:
+            self._drop_worker(worker)
+
+    def _drop_node(self, node: str) -> None:
+        agent = self._agents.pop(node, None)
+        if agent is not None:
+            agent.watch.close()
+            self._bury(node, agent)
+
+    # -- workers
+
+    def _start_worker(self, node: str) -> None:
+        agent = self._agents.get(node)
+        if agent is None:
+            return  # the node was lost meanwhile, and its loss is in the mailbox
+        number = self._incarnation[f"worker {node}"] = self._incarnation.get(f"worker {node}", 0) + 1
+        worker = f"{node[:8]}{node[-5:]}/{self._host.term}.{number}"
+        handle = cluster.start_worker(
+            self._job.name, worker, node, agent.address, self._token, self._train, self._job.workers
+        )
+        self._workers[worker] = WorkerRef(worker, node, handle)
+        cluster.when_done(handle.describe.remote(), lambda future: self._worker_up(worker, node, future), self._pool)
+
+    def _worker_up(self, worker: str, node: str, future: Future[Any]) -> None:
+        try:
+            said = future.result()
+        except Exception as error:
+            self._drop_worker(worker)
+            self._host.post(
+                WorkerLost(time.time(), worker, node, f"it did not start: {error}"[:300], self._host.progress.step)
+            )
+            return
+        self._workers[worker].rendezvous = said["rendezvous"]
+        self._host.post(WorkerReady(time.time(), worker, node))
+
+    def _drop_worker(self, worker: str) -> None:
+        ref = self._workers.pop(worker, None)
+        if ref is not None:
+            cluster.kill(ref.handle)
+
+    def _refs(self, members: Iterable[str]) -> list[WorkerRef]:
+        return [self._workers[worker] for worker in members if worker in self._workers]
+
+    # -- inventory and groups
+
+    def _held(self) -> list[Held]:
+        refs = [agent.handle.held.remote(SETTLE_S) for agent in tuple(self._agents.values())]
+        held: list[Held] = []
+        for answer in cluster.gather(refs, CALL_S):
+            if not isinstance(answer, Exception):
+                held += [codec.from_json(Held, item) for item in answer]
+        return held
+
+    def _take_inventory(self, incident: int, ask: int) -> None:
+        held = self._held()
+        stored = [manifest.version for manifest in self._host.stored]
+        good = [version for version in stored if version not in self.unreadable]
+        newest = choose_version([item for item in held if item.version not in self.unreadable], good[-1] if good else None)
+        if newest is None:  # never from scratch while there is a version: trying an unreadable one again says what is wrong
+            newest = choose_version(held, stored[-1] if stored else None)
+        self._host.post(InventoryTaken(time.time(), incident, newest, ask))
+
+    def _form(self, group: Group) -> None:
+        began = time.monotonic()
+        self._began = group.restore
+        origin = self._origin(group.restore) if group.restore else None
+        keep = codec.to_json(group.restore) if group.restore else None
+        answers = cluster.gather([a.handle.begin.remote(keep) for a in tuple(self._agents.values())], CALL_S)
+        self.cadence = Cadence(0, self.cadence.memory_every, self.cadence.store_every)
+        refs = self._refs(group.members)
+        if len(refs) != len(group.members):
+            raise ClusterError("a member of the group is gone")
+        assignments = self._assignments(group, refs, origin)
+        calls = [ref.handle.start.remote(codec.to_json(a)) for ref, a in zip(refs, assignments, strict=True)]
+        answers = cluster.gather(calls, CALL_S)
+        if refused := [answer for answer in answers if answer is not True]:
+            raise ClusterError(f"a member did not begin: {refused[0]!r}")
+        self._host.journal.append(Marked(time.time(), group.attempt, "group_formed", time.monotonic() - began))
+
+    def _origin(self, version: VersionId) -> Origin:
+        """Where a version can be read. Waits until every part that was just staged is sealed."""
+        stored = next((m.parts for m in self._host.stored if m.version == version), ())
+        deadline = time.monotonic() + SEAL_S
+        while True:
+            held = [item for item in self._held() if item.version == version]
+            if stored or choose_version(held, None) == version:
+                break
+            if time.monotonic() > deadline:
+                raise ClusterError(f"nobody holds all of step {version.step} of attempt {version.attempt}")
+            time.sleep(0.02)
+        world = held[0].world if held else len(stored)
+        addresses = {node: agent.address for node, agent in tuple(self._agents.items())}
+        holders = {
+            str(rank): tuple(addresses[node] for node in nodes if node in addresses)
+            for rank, nodes in copies(held, version).items()
+        }
+        return Origin(version, world, holders, tuple(stored))
+
+    def _assignments(self, group: Group, refs: list[WorkerRef], origin: Origin | None) -> list[Assignment]:
+        w = self._job.workers
+        seen: dict[str, int] = {}
+        out = []
+        for rank, ref in enumerate(refs):
+            local = seen[ref.node] = seen.get(ref.node, -1) + 1
+            out.append(
+                Assignment(
+                    self._job.name, group.attempt, self._host.term, ref.worker, rank, len(refs), local,
+                    refs[0].rendezvous, self._agents[ref.node].address, self._copy_to(ref.node), origin, self.cadence,
+                    self._job.backend, self._job.deterministic, self._job.seed, w.nodes_max * w.per_node,
+                    self._job.store.url, dict(self._job.settings),
+                )
+            )  # fmt: skip
+        self.copying = any(assignment.copy_to for assignment in out)
+        return out
+
+    def _copy_to(self, node: str) -> str:
+        """The next node's agent, in a ring over all nodes with an agent; empty when there is none or no copy is wanted."""
+        ring = sorted(self._agents)
+        if self._job.memory.copies < 2 or len(ring) < 2 or node not in ring:
+            return ""
+        return self._agents[ring[(ring.index(node) + 1) % len(ring)]].address
+
+    def _stop(self, attempt: int, everywhere: bool) -> None:
+        """Find a step that no member has done yet, and have all stop there."""
+        state = self._state
+        members = self._refs(state.order)
+        ahead = max(1, round(STOP_AHEAD_S / max(self._host.pace.step_s, 1e-3)))
+        target = self._host.progress.newest + ahead
+        for _ in range(STOP_TRIES):
+            answers = cluster.gather([ref.handle.stop_at.remote(attempt, target, everywhere) for ref in members], CALL_S)
+            steps = [answer for answer in answers if isinstance(answer, int)]
+            if len(steps) < len(members) or min(steps) < 0:
+                raise ClusterError("a member could not be asked to stop")
+            if max(steps) < target:
+                return
+            target = max(steps) + ahead
+        raise ClusterError("the members are too fast to agree on a step")
+
+    def _save_final(self, version: VersionId) -> None:
+        """The parts are on their way; whatever the store refused is put again until it is committed. A group that had no step
+        left to do (a finished job, run again) ends at the version it began from."""
+        idle = self._host.progress.newest == self._host.progress.began
+        wanted = self._began if idle and self._began is not None else version
+        deadline = time.monotonic() + self._job.recovery.start_s
+        while time.monotonic() < deadline:
+            if any(manifest.version == wanted for manifest in self._host.stored):
+                self._host.post(Saved(time.time(), version.attempt, version.step))
+                return
+            if self._closing.wait(FINAL_RETRY_S):
+                return
+            for agent in tuple(self._agents.values()):
+                agent.handle.store_again.remote(codec.to_json(wanted), self._host.term)
+        raise ClusterError(f"step {version.step} could not be committed in time")
+
+    def prune(self) -> None:
+        """Apply the store's retention."""
+        try:
+            prune.execute(
+                self._host.store, self._host.log, self._job.name, keep_last=self._job.store.keep_last, term=self._host.term
+            )
+        except StoreError as error:
+            self._host.note("store.unavailable", error=str(error), store=self._host.store.url)
+
+    # -- adoption
+
+    def find_living(self) -> Found:
+        """Agents and workers that outlived a supervisor, as events; and the group they form, if they do."""
+        agents, workers = self._living("agent"), self._living("worker")
+        for said, handle in agents:
+            try:
+                self._join(said["node"], handle, said)
+            except StoreError as error:
+                self._host.note("agent.failed", node=said["node"], error=repr(error))
+        for said, handle in workers:
+            if said["node"] in self._agents:
+                self._workers[said["worker"]] = WorkerRef(
+                    said["worker"], said["node"], handle, said["rendezvous"], said["attempt"], said["step"],
+                    said["running"], said["rank"],
+                    codec.from_json(VersionId, said["restore"]) if said["restore"] else None,
+                )  # fmt: skip
+            else:
+                cluster.kill(handle)
+        refs = tuple(self._workers.values())
+        now = time.time()
+        joined = [
+            NodeJoined(now, node, tuple(ref.worker for ref in refs if ref.node == node)) for node in sorted(self._agents)
+        ]
+        ready = [WorkerReady(now, ref.worker, ref.node) for ref in refs]
+        group, step = _group_of(refs)
+        self.copying = self._job.memory.copies > 1 and len(self._agents) > 1
+        return Found((*joined, *ready), refs, group, step)
+
+    def _living(self, kind: str) -> list[tuple[dict[str, Any], Any]]:
+        handles = [
+            handle for name in cluster.actors_of(self._job.name)
+            if name.startswith(f"{kind}:") and (handle := cluster.actor(name)) is not None
+        ]  # fmt: skip
+        answers = cluster.gather([handle.describe.remote() for handle in handles], CALL_S)
+        out = []
+        for handle, answer in zip(handles, answers, strict=True):
+            if isinstance(answer, Exception):
+                cluster.kill(handle)
+            else:
+                out.append((answer, handle))
+        return out
+
+    def _later(self, action: Action, effect: Callable[[], None]) -> None:
+        def run() -> None:
+            try:
+                effect()
+            except Exception as error:
+                subject = getattr(action, "node", "") or getattr(action, "worker", "")
+                self._host.post(ActionFailed(time.time(), type(action).__name__, str(error)[:300], subject))
+
+        self._pool.submit(run)
+
+
+def _group_of(refs: tuple[WorkerRef, ...]) -> tuple[Group | None, int]:
+    """The newest attempt's members in rank order, when they are in it still; and the step all of them have done."""
+    attempt = max((ref.attempt for ref in refs), default=0)
+    members = sorted((ref for ref in refs if ref.attempt == attempt and attempt), key=lambda ref: ref.rank)
+    if not members or not any(ref.running for ref in members):
+        return None, 0
+    names = tuple(ref.worker for ref in members)
+    return Group(attempt, names, members[0].restore), min(ref.step for ref in members)
