@@ -1,0 +1,88 @@
+"""The benchmarks' front ends and what they sum up; the benchmarks themselves are run by hand."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import overhead, program, ray_train_peer, recovery
+from benchmarks.kills import Case, Measured
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("name", ["recovery", "overhead"])
+def test_each_benchmark_says_its_question_when_asked_for_help(name: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{name}", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert "?" in done.stdout
+    assert "--quick" in done.stdout
+    assert "--json" in done.stdout
+
+
+def measured(name: str, first_step: list[float], *, spare: bool = False) -> Measured:
+    kind = "worker" if name == "worker" else "node"
+    case = Case(name, kind, spare, recovery.SMALL, len(first_step))
+    found = Measured(case)
+    for seconds in first_step:
+        found.add(detected_s=0.1, first_step_s=seconds, steps_lost=2)
+    return found
+
+
+def test_the_last_line_of_recovery_has_the_promised_keys_and_they_are_medians() -> None:
+    ours = [measured("worker", [1.0, 3.0, 2.0]), measured("node", [2.0, 2.5, 9.0])]
+    theirs = [measured("node", [30.0, 40.0, 50.0]), measured("node, spare", [10.0, 30.0, 12.5], spare=True)]
+    found = json.loads(json.dumps(recovery.result(ours, theirs)))
+    assert (found["worker_killed_s"], found["node_killed_s"], found["steps_lost"]) == (2.0, 2.5, 2)
+    assert found["ray_train_node_killed_s"] == 12.5, "its best case"
+    assert found["ratio"] == 5.0
+
+
+def test_a_case_without_detection_times_still_fits_the_table() -> None:
+    found = measured("node", [1.0, 2.0])
+    found.detected = [float("nan"), float("nan")]
+    assert recovery.row("Ray Train", found)[4] == "-"
+    assert recovery.lists(found)["detected_s"] == []
+
+
+def test_quick_kills_a_worker_and_a_node_at_200_mb_only() -> None:
+    quick = recovery.cases(True, 3)
+    assert {case.kind for case in quick} == {"worker", "node"}
+    assert {case.state_bytes // 10**6 for case in quick} == {201}
+    assert {case.state_bytes // 10**6 for case in recovery.cases(False, 5)} == {201, 1007}
+
+
+def test_overhead_counts_every_second_of_every_round() -> None:
+    bare, slower = [[1.0, 1.0], [1.0, 1.0]], [[1.0, 1.0], [1.0, 2.0]]
+    taken = {overhead.BARE: bare, "off": bare, "memory": slower, "all": slower}
+    found = json.loads(json.dumps(overhead.result({"10 MB": taken})))
+    assert (found["off_ratio"], found["memory_ratio"], found["all_ratio"], found["step_s"]) == (1.0, 1.25, 1.25, 1.0)
+    assert found["sizes"]["10 MB"]["memory"]["rounds"] == [1.0, 1.5]
+
+
+def test_the_peers_recovery_counts_only_steps_done_by_a_whole_group_begun_after_the_kill() -> None:
+    def line(rank: int, world: int, entered: float, at: float) -> dict[str, object]:
+        return {"kind": "step", "rank": rank, "world": world, "entered": entered, "at": at, "step": 7}
+
+    old = [line(0, 2, 1.0, 11.0), line(1, 2, 1.0, 11.0)]
+    half = line(0, 2, 12.0, 13.0)
+    assert ray_train_peer._first([*old, half], 10.0, 1) is None
+    assert ray_train_peer._first([*old, half, line(1, 2, 12.0, 14.0)], 10.0, 1) == (7, 14.0, 2)
+
+
+def test_a_gate_times_the_steps_of_its_turn_only(tmp_path: Path) -> None:
+    gate = program.Gate(str(tmp_path), "all", rank=1)
+    program.write(tmp_path / "turn", {"name": "all", "round": 0, "steps": 3})
+    for _ in range(4):
+        gate.enter()
+    program.write(tmp_path / "turn", {"name": "all", "round": 1, "steps": 3})
+    gate.enter()
+    times = json.loads((tmp_path / "all.0.1").read_text())
+    assert len(times) == 3
+    assert all(seconds >= 0 for seconds in times)
