@@ -1,7 +1,7 @@
 """A Ray cluster on one machine whose nodes can be killed: for the demo, the tests and the benchmarks.
 
 Theory of operation. `ray start --head --block` runs as a child in a session of its own. With autoscaling, its monitor
-runs Ray's real autoscaler over Ray's own fake multi-node provider (cluster_configs/local.yaml): ask with
+runs Ray's real autoscaler over Ray's fake multi-node provider (cluster_configs/local.yaml, local_node.py): ask with
 `ray.autoscaler.sdk.request_resources` and raylets appear; kill one and the autoscaler launches another. Without, nodes
 are added by hand. Nothing is shared with other clusters of the machine: ports are free ones, the directory is
 temporary, so any number can run side by side. Token authentication is on; the token lies in the cluster's directory,
@@ -212,7 +212,8 @@ class LocalCluster:
     def add_node(self, cpus: float = 1.0, *, labels: Mapping[str, str] | None = None) -> LocalNode:
         """Start one more node, outside the autoscaler's books, and wait until it has joined."""
         node_id = secrets.token_hex(28)
-        command = [*_ray("start"), "--address", self.address, *self._common(_whole(cpus))]
+        command = [sys.executable, "-m", "ray_dr.actors.local_node", "start", "--address", self.address]
+        command += self._common(_whole(cpus))
         if labels:
             command += ["--labels", ",".join(f"{name}={value}" for name, value in labels.items())]
         self._start_ray(command, node_id, self.temp_dir / f"node-{node_id[:8]}.out")
@@ -282,9 +283,10 @@ class LocalCluster:
         return {**inherited, **_SETTINGS, **self._extra, **node, **token}
 
     def _head_command(self) -> list[str]:
-        command = [*_ray("start"), "--head", "--port", str(self._port), "--temp-dir", str(self.temp_dir / "ray")]
-        command += ["--node-ip-address", self._host, "--ray-client-server-port", str(self._client_port)]
-        command += ["--include-dashboard", str(self._dashboard).lower(), "--dashboard-port", str(self._dashboard_port)]
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--port", str(self._port)]
+        command += ["--temp-dir", str(self.temp_dir / "ray"), "--node-ip-address", self._host]
+        command += ["--ray-client-server-port", str(self._client_port), "--dashboard-port", str(self._dashboard_port)]
+        command += ["--include-dashboard", str(self._dashboard).lower()]
         if self._autoscaling:
             command += ["--autoscaling-config", str(self.temp_dir / "cluster.yaml")]
         return command + self._common(self._head_cpus)
@@ -338,10 +340,6 @@ class LocalCluster:
             self._reaper.stdin.close()
             self._reaper.wait()
             self._reaper = None
-
-
-def _ray(verb: str) -> list[str]:
-    return [sys.executable, "-m", "ray.scripts.scripts", verb]
 
 
 def _whole(cpus: float) -> int:

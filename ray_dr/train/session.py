@@ -43,6 +43,9 @@ class Session:
         self._breaker: collectives.Breaker | None = None
         self._assignment: Assignment | None = None
         self._thread: threading.Thread | None = None
+        # The first use of either, a setting like this one or an optimizer's step, imports torch's compiler: a second, and
+        # many on a machine that has not read it from disk yet. Better before the worker is ready than within a recovery.
+        torch.use_deterministic_algorithms(False)
         gc.collect()
         gc.freeze()  # what is imported stays: a collection between attempts then takes milliseconds
 

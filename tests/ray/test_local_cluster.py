@@ -50,6 +50,9 @@ class Probe:
     def where(self) -> tuple[int, str]:
         return os.getpid(), ray.get_runtime_context().get_node_id()
 
+    def stand(self) -> str:
+        return str(Path("here.txt").resolve(strict=True))
+
     def block(self) -> None:
         signal.pause()
 
@@ -71,6 +74,19 @@ def cluster(autoscaled: LocalCluster) -> LocalCluster:
         connect(autoscaled)
     await_true(lambda: len(alive()) == 3, limit_s=60)
     return autoscaled
+
+
+def test_nodes_do_not_share_the_directory_of_a_runtime_environment(cluster: LocalCluster, tmp_path: Path) -> None:
+    (tmp_path / "here.txt").write_text("here")
+    ray.shutdown()
+    ray.init(address=cluster.address, log_to_driver=False, runtime_env={"working_dir": str(tmp_path)})
+    spread = Probe.options(scheduling_strategy="SPREAD")
+    first = spread.remote()
+    before = ray.get(first.stand.remote())
+    second = spread.remote()
+    assert ray.get(second.stand.remote()) != before
+    assert ray.get(first.stand.remote()) == before, "unpacking it for the second took it from under the first"
+    ray.shutdown()
 
 
 def test_knows_the_processes_of_each_node(cluster: LocalCluster) -> None:
@@ -133,7 +149,7 @@ def test_killing_a_node_that_does_not_run_is_an_error(cluster: LocalCluster) -> 
         cluster.kill_node("00")
 
 
-STEADY_S = 45
+STEADY_S = 15
 """Several rounds of the autoscaler and of every health check; two minutes were tried by hand."""
 
 
