@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import secrets
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -37,6 +39,19 @@ def job(name: str, url: str, steps: int, *, nodes: tuple[int, int, int] = (2, 2,
     spec = Job(name, StoreTier(url, Every(seconds=2.0)), Workers(low, high, run), deterministic=True,
                settings={"pace": PACE_S, "steps": steps})  # fmt: skip
     return replace(spec, **changes)
+
+
+def held(name: str, url: str, steps: int, **where: Any) -> Job:
+    """As `job`, but five times slower from its middle on until somebody asks for the outcome, and then as fast as it can:
+    however long a replacement takes on this machine, the job does not end before it, nor long after it."""
+    spec = job(name, url, steps, **where)
+    gate = Path(tempfile.gettempdir()) / f"ray-dr-gate-{secrets.token_hex(8)}"
+    return replace(spec, settings={**spec.settings, "gate": str(gate)})
+
+
+def at_once(spec: Job) -> Job:
+    """The same job without pauses: the undisturbed run that others are compared with."""
+    return replace(spec, settings={**spec.settings, "pace": 0.0})
 
 
 def until(said: Callable[[], Any], what: str, wait_s: float = WAIT_S) -> Any:
@@ -91,8 +106,12 @@ class Running:
         return [said for said in ray_side.gather([h.describe.remote() for h in handles], 30) if isinstance(said, dict)]
 
     def outcome(self) -> launch.Outcome:
-        """Wait for the end. Raises what the job raised."""
+        """Let a job that is held go, and wait for the end. Raises what the job raised."""
+        gate = Path(str(self.spec.settings.get("gate", os.devnull)))
+        gate.touch()
         self.thread.join(WAIT_S)
+        if gate.is_file():
+            gate.unlink()
         assert not self.thread.is_alive(), "the job did not end"
         if "error" in self.box:
             raise self.box["error"]

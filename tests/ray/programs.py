@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ def model() -> nn.Module:
 
 
 def loop(ctx: Context, wrapped: nn.Module, parameters: Any) -> None:
-    """`settings`: steps, pace (seconds per step), batch, micro (0: one pass per rank)."""
+    """`settings`: steps, pace (seconds per step), gate (see `jobs.held`), batch, micro (0: one pass per rank)."""
     optimizer = torch.optim.AdamW(parameters, lr=1e-2)
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, 20, 0.9)
     micro = int(ctx.settings.get("micro", 6)) or None
@@ -52,7 +52,17 @@ def loop(ctx: Context, wrapped: nn.Module, parameters: Any) -> None:
         schedule.step()
         optimizer.zero_grad()
         ctx.log(loss=loss.detach())
-        time.sleep(max(0.0, float(ctx.settings.get("pace", 0.0)) - (time.monotonic() - began)))
+        time.sleep(max(0.0, pause(ctx.settings, state.step) - (time.monotonic() - began)))
+
+
+def pause(settings: Mapping[str, Any], step: int) -> float:
+    """Seconds a step is to take."""
+    pace, gate = float(settings.get("pace", 0.0)), settings.get("gate")
+    if gate is None:
+        return pace
+    if Path(str(gate)).exists():
+        return 0.0
+    return pace if step < int(settings["steps"]) // 2 else 5 * pace
 
 
 def replicated(ctx: Context) -> None:

@@ -12,7 +12,7 @@ from ray_dr.actors.leaks import find_leaks
 from ray_dr.actors.local_cluster import LocalCluster
 from ray_dr.errors import JobFailed
 from ray_dr.model.checkpoint import VersionId
-from ray_dr.model.job import Every, MemoryTier, StoreTier
+from ray_dr.model.job import Every, Job, MemoryTier, StoreTier
 from ray_dr.model.journal import Noted, Restored, VersionSaved, Where
 from ray_dr.repository.commit import CommitLog
 from ray_dr.stores.open import open_store
@@ -116,9 +116,9 @@ def test_a_supervisor_of_an_older_term_is_fenced(cluster: LocalCluster, tmp_path
 
 
 def test_sharded_state_survives_a_kill_and_a_resize_to_the_same_bytes(cluster: LocalCluster, tmp_path: Path) -> None:
-    calm = jobs.job("sharded-calm", f"file://{tmp_path / 'calm'}", 120)
+    calm = jobs.at_once(jobs.job("sharded-calm", f"file://{tmp_path / 'calm'}", 120))
     assert jobs.start(sharded, calm).outcome().step == 120
-    running = jobs.start(sharded, replace(calm, name="sharded", store=replace(calm.store, url=f"file://{tmp_path / 'b'}")))
+    running = jobs.start(sharded, jobs.held("sharded", f"file://{tmp_path / 'killed'}", 120))
     running.wait_for_step(30)
     jobs.sigkill(running.workers()[0]["pid"])
     running.wait_for_world(1)
@@ -130,13 +130,17 @@ def test_sharded_state_survives_a_kill_and_a_resize_to_the_same_bytes(cluster: L
 
 def test_without_deterministic_the_same_world_gives_the_same_bytes(cluster: LocalCluster, tmp_path: Path) -> None:
     """Waits for the replacement instead of going on smaller: the number of workers is the same all the time."""
-    plain = jobs.job("plain-calm", f"file://{tmp_path / 'calm'}", 80, nodes=(2, 2, 2), deterministic=False)
-    plain = replace(plain, settings={**plain.settings, "micro": 0}, memory=MemoryTier(Every(steps=1)))
-    assert jobs.start(replicated, plain).outcome().step == 80
-    running = jobs.start(replicated, replace(plain, name="plain", store=StoreTier(f"file://{tmp_path / 'b'}", Every(seconds=2))))
+
+    def plain(name: str) -> Job:
+        spec = jobs.held(name, f"file://{tmp_path / name}", 80, nodes=(2, 2, 2), deterministic=False)
+        return replace(spec, settings={**spec.settings, "micro": 0}, memory=MemoryTier(Every(steps=1)))
+
+    calm = jobs.at_once(plain("calm"))
+    assert jobs.start(replicated, calm).outcome().step == 80
+    running = jobs.start(replicated, plain("disturbed"))
     lost = running.wait_for_step(20)["nodes"][0]
     cluster.kill_node(lost)
     assert running.outcome().step == 80
     assert {r.record.world for r in running.records() if type(r).__name__ == "Stepped"} == {2}
     jobs.assert_exact_data(running)
-    assert jobs.final_state(running.spec) == jobs.final_state(plain)
+    assert jobs.final_state(running.spec) == jobs.final_state(calm)

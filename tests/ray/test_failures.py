@@ -21,7 +21,7 @@ KILL_AT = 30
 @pytest.fixture(scope="module")
 def undisturbed(cluster: LocalCluster, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """The final state of the run in which nothing went wrong."""
-    spec = jobs.job("undisturbed", f"file://{tmp_path_factory.mktemp('undisturbed')}", STEPS)
+    spec = jobs.at_once(jobs.job("undisturbed", f"file://{tmp_path_factory.mktemp('undisturbed')}", STEPS))
     running = jobs.start(replicated, spec)
     assert running.outcome().step == STEPS
     jobs.assert_exact_data(running)
@@ -44,7 +44,7 @@ def other_node(now: dict[str, Any]) -> str:
 def test_a_killed_worker_process_costs_no_committed_step_and_no_bit(
     cluster: LocalCluster, tmp_path: Path, undisturbed: dict[str, bytes]
 ) -> None:
-    running = jobs.start(replicated, jobs.job("worker-killed", f"file://{tmp_path}", STEPS))
+    running = jobs.start(replicated, jobs.held("worker-killed", f"file://{tmp_path}", STEPS))
     running.wait_for_step(KILL_AT)
     jobs.sigkill(running.workers()[-1]["pid"])
     running.wait_for_world(1)
@@ -55,7 +55,7 @@ def test_a_killed_worker_process_costs_no_committed_step_and_no_bit(
 def test_a_killed_node_is_survived_smaller_and_replaced_by_the_autoscaler(
     cluster: LocalCluster, tmp_path: Path, undisturbed: dict[str, bytes]
 ) -> None:
-    running = jobs.start(replicated, jobs.job("node-killed", f"file://{tmp_path}", STEPS))
+    running = jobs.start(replicated, jobs.held("node-killed", f"file://{tmp_path}", STEPS))
     now = running.wait_for_step(KILL_AT)
     lost = other_node(now)
     cluster.kill_node(lost)
@@ -67,7 +67,7 @@ def test_a_killed_node_is_survived_smaller_and_replaced_by_the_autoscaler(
 def test_a_killed_raylet_ends_its_node_at_once(
     cluster: LocalCluster, tmp_path: Path, undisturbed: dict[str, bytes]
 ) -> None:
-    running = jobs.start(replicated, jobs.job("raylet-killed", f"file://{tmp_path}", STEPS))
+    running = jobs.start(replicated, jobs.held("raylet-killed", f"file://{tmp_path}", STEPS))
     cluster.kill_raylet(other_node(running.wait_for_step(KILL_AT)))
     running.wait_for_world(1)
     finish_and_compare(running, cluster, undisturbed)
@@ -76,7 +76,7 @@ def test_a_killed_raylet_ends_its_node_at_once(
 def test_a_killed_supervisor_is_restarted_while_training_goes_on(
     cluster: LocalCluster, tmp_path: Path, undisturbed: dict[str, bytes]
 ) -> None:
-    running = jobs.start(replicated, jobs.job("supervisor-killed", f"file://{tmp_path}", STEPS))
+    running = jobs.start(replicated, jobs.held("supervisor-killed", f"file://{tmp_path}", STEPS))
     running.wait_for_step(KILL_AT)
     attempts = {said["attempt"] for said in running.workers()}
     jobs.sigkill(running.snapshot()["supervisor"]["pid"])
@@ -89,7 +89,7 @@ def test_a_killed_supervisor_is_restarted_while_training_goes_on(
 def test_the_supervisor_survives_the_loss_of_its_own_node(
     cluster: LocalCluster, tmp_path: Path, undisturbed: dict[str, bytes]
 ) -> None:
-    running = jobs.start(replicated, jobs.job("home-lost", f"file://{tmp_path}", STEPS))
+    running = jobs.start(replicated, jobs.held("home-lost", f"file://{tmp_path}", STEPS))
     now = running.wait_for_step(KILL_AT // 3)
     while now["supervisor"]["node"] not in now["nodes"]:  # Ray chooses where it restarts
         jobs.sigkill(now["supervisor"]["pid"])

@@ -55,7 +55,7 @@ def cluster() -> Iterator[LocalCluster]:
 
 def test_a_job_on_s3_survives_a_kill_and_resumes_from_the_bucket_alone(cluster: LocalCluster, endpoint: str) -> None:
     url = f"s3://jobs/lab?endpoint={endpoint}&region=us-east-1"
-    spec = jobs.job("on-s3", url, 80, store=StoreTier(url, Every(steps=20)))
+    spec = jobs.held("on-s3", url, 80, store=StoreTier(url, Every(steps=20)))
     running = jobs.start(replicated, spec)
     running.wait_for_step(30)
     jobs.sigkill(running.workers()[-1]["pid"])

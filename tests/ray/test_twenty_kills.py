@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,16 +15,15 @@ from tests.ray.programs import replicated
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 KILLS = 20
-STEPS = 900
+STEPS = 1200
 
 
 def test_twenty_kills_in_a_row_change_nothing_and_leave_nothing(cluster: LocalCluster, tmp_path: Path) -> None:
     """Every fifth kill takes a whole node, every seventh the supervisor, the others a worker process: each time right after
     the job is back at two workers and has done a few steps."""
-    calm = jobs.job("calm", f"file://{tmp_path / 'calm'}", STEPS)
-    calm = replace(calm, settings={**calm.settings, "pace": 0.0})
+    calm = jobs.at_once(jobs.job("calm", f"file://{tmp_path / 'calm'}", STEPS))
     assert jobs.start(replicated, calm).outcome().step == STEPS
-    running = jobs.start(replicated, jobs.job("kills", f"file://{tmp_path / 'kills'}", STEPS))
+    running = jobs.start(replicated, jobs.held("kills", f"file://{tmp_path / 'kills'}", STEPS))
     step = 5
     for kill in range(1, KILLS + 1):
         now = running.wait_for_world(2, step)
