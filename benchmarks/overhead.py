@@ -1,7 +1,8 @@
 """How much longer does a step take with `ctx` than in the bare DDP loop, with checkpoints off, in memory, in all tiers?
 
 `python -m benchmarks.overhead [--quick] [--json]`. All programs are alive together and take turns of some seconds on
-the same two cores, round after round, so that what the machine does otherwise hits all of them. See README.md.
+the same two cores, round after round, so that what the machine does otherwise hits all of them. Beside the time of a step
+stands the processor time that the whole machine spent for it, which wanders less where the cores are shared. See README.md.
 """
 
 from __future__ import annotations
@@ -81,8 +82,23 @@ def contestants(size: Size, folder: Path) -> Iterator[None]:
             ray.shutdown()
 
 
-def turn(folder: Path, name: str, number: int, steps: int) -> list[float]:
-    """Let one program do so many steps; the times of rank 0's steps, in seconds."""
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """step_s: times of rank 0's steps. cpu_s: what all processes of the machine computed meanwhile, per step. Seconds."""
+
+    step_s: list[float]
+    cpu_s: float
+
+
+def busy_s() -> float:
+    """Seconds that the machine's processors have computed, all together, since it started."""
+    user, nice, system, _, _, interrupts, soft, *_ = map(int, Path("/proc/stat").read_text().split()[1:9])
+    return (user + nice + system + interrupts + soft) / os.sysconf("SC_CLK_TCK")
+
+
+def turn(folder: Path, name: str, number: int, steps: int) -> Turn:
+    """Let one program do so many steps (and one before, that is not timed)."""
+    before = busy_s()
     program.write(folder / "turn", {"name": name, "round": number, "steps": steps})
     results = [folder / f"{name}.{number}.{rank}" for rank in range(NODES)]
     deadline = time.monotonic() + TIMEOUT_S
@@ -91,53 +107,65 @@ def turn(folder: Path, name: str, number: int, steps: int) -> list[float]:
             raise RuntimeError(f"{name} did not finish its turn of {steps} steps within {TIMEOUT_S:g} s")
         time.sleep(POLL_S)
     time.sleep(PAUSE_S)  # what a save left to do in the background is not the next one's
-    times: list[float] = json.loads(results[0].read_text())
-    return times
+    return Turn(json.loads(results[0].read_text()), (busy_s() - before) / (steps + 1))
 
 
-def measure(size: Size, rounds: int, steps: int) -> dict[str, list[list[float]]]:
-    """Variant -> one list of step times per round. The order is turned round every other time."""
-    taken: dict[str, list[list[float]]] = {name: [] for name in (BARE, *TIERS)}
+def measure(size: Size, rounds: int, steps: int) -> dict[str, list[Turn]]:
+    """Variant -> one turn per round. The order is turned round every other time."""
+    taken: dict[str, list[Turn]] = {name: [] for name in (BARE, *TIERS)}
     with tempfile.TemporaryDirectory(prefix="rdo-") as temporary, contestants(size, Path(temporary)):
         for number in range(-WARM_UP_ROUNDS, rounds):
             order = [BARE, *TIERS] if number % 2 else [*reversed(TIERS), BARE]
             for name in order:
-                times = turn(Path(temporary), name, number + WARM_UP_ROUNDS, steps)
+                done = turn(Path(temporary), name, number + WARM_UP_ROUNDS, steps)
                 if number >= 0:
-                    taken[name].append(times)
+                    taken[name].append(done)
             if number >= 0:
-                say(f"  round {number}: " + ", ".join(f"{name} {mean(taken[name][-1]):.4f}" for name in taken))
+                last = {name: taken[name][-1] for name in taken}
+                say(f"  round {number}: " + ", ".join(f"{n} {mean(t.step_s):.4f} ({t.cpu_s:.3f})" for n, t in last.items()))
     return taken
 
 
-def compare(taken: dict[str, list[list[float]]], name: str) -> dict[str, Any]:
+def compare(taken: dict[str, list[Turn]], name: str) -> dict[str, Any]:
     """A variant against the bare loop.
 
     ratio          of all seconds of all rounds, so that rare saves count in full
     ratio_median   median of the rounds' ratios
     error          standard error of their mean
+    cpu_ratio      of all processor seconds, what the background does between two turns included; cpu_error as above
     """
-    rounds = [mean(theirs) / mean(bare) for theirs, bare in zip(taken[name], taken[BARE], strict=True)]
-    total = sum(map(sum, taken[name])) / sum(map(sum, taken[BARE]))
-    error = stdev(rounds) / len(rounds) ** 0.5 if len(rounds) > 1 else float("nan")
-    return {"ratio": total, "ratio_median": median(rounds), "ratio_p95": p95(rounds), "error": error, "rounds": rounds}
+    pairs = list(zip(taken[name], taken[BARE], strict=True))
+    rounds = [mean(theirs.step_s) / mean(bare.step_s) for theirs, bare in pairs]
+    cpu = [theirs.cpu_s / bare.cpu_s for theirs, bare in pairs]
+    return {
+        "ratio": sum(sum(theirs.step_s) for theirs, _ in pairs) / sum(sum(bare.step_s) for _, bare in pairs),
+        "ratio_median": median(rounds), "ratio_p95": p95(rounds), "error": standard_error(rounds), "rounds": rounds,
+        "cpu_ratio": sum(theirs.cpu_s for theirs, _ in pairs) / sum(bare.cpu_s for _, bare in pairs),
+        "cpu_error": standard_error(cpu),
+    }  # fmt: skip
 
 
-def row(size: Size, taken: dict[str, list[list[float]]], name: str) -> list[str]:
+def standard_error(values: list[float]) -> float:
+    return stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+
+
+def row(size: Size, taken: dict[str, list[Turn]], name: str) -> list[str]:
     """One line of the table."""
-    steps = [step for times in taken[name] for step in times]
-    line = [size.name, name, str(len(taken[name])), f"{median(steps) * 1e3:.1f} / {p95(steps) * 1e3:.1f}"]
+    steps = [step for each in taken[name] for step in each.step_s]
+    cpu = median([each.cpu_s for each in taken[name]])
+    line = [size.name, name, str(len(taken[name])), f"{median(steps) * 1e3:.1f} / {p95(steps) * 1e3:.1f}", f"{cpu * 1e3:.0f}"]
     if name == BARE:
-        return [*line, "1", "1"]
+        return [*line, "1", "1", "1"]
     found = compare(taken, name)
-    return [*line, f"{found['ratio']:.4f} ± {found['error']:.4f}", f"{found['ratio_median']:.4f}"]
+    wall, processor = (f"{found[r]:.3f} ± {found[e]:.3f}" for r, e in (("ratio", "error"), ("cpu_ratio", "cpu_error")))
+    return [*line, wall, f"{found['ratio_median']:.3f}", processor]
 
 
-def result(taken: dict[str, dict[str, list[list[float]]]]) -> dict[str, Any]:
+def result(taken: dict[str, dict[str, list[Turn]]]) -> dict[str, Any]:
     """What the last line says; the ratios at the top are those of the largest state measured."""
     last = list(taken)[-1]
     found: dict[str, Any] = {f"{name}_ratio": compare(taken[last], name)["ratio"] for name in TIERS}
-    found["step_s"] = median([step for times in taken[last][BARE] for step in times])
+    found["step_s"] = median([step for each in taken[last][BARE] for step in each.step_s])
     found["state"] = last
     found["sizes"] = {size: {name: compare(each, name) for name in TIERS} for size, each in taken.items()}
     return found
@@ -147,18 +175,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer and shorter rounds")
     parser.add_argument("--json", action="store_true", help="the last line is one JSON object")
-    parser.add_argument("--rounds", type=int, default=0, help="rounds (default 10; 5 with --quick)")
-    parser.add_argument("--steps", type=int, default=0, help="timed steps per turn (default 40; 20 with --quick)")
+    parser.add_argument("--size", choices=[size.name for size in SIZES], help="only this one")
+    parser.add_argument("--rounds", type=int, default=0, help="rounds (default 30; 10 with --quick)")
+    parser.add_argument("--steps", type=int, default=0, help="timed steps per turn (default 20; 10 with --quick)")
     asked = parser.parse_args()
     seen = environment()
     say(json.dumps(seen))
-    rounds, steps = asked.rounds or (5 if asked.quick else 10), asked.steps or (20 if asked.quick else 40)
+    rounds, steps = asked.rounds or (10 if asked.quick else 30), asked.steps or (10 if asked.quick else 20)
     taken = {}
-    for size in SIZES:
+    sizes = [size for size in SIZES if asked.size in (None, size.name)]
+    for size in sizes:
         say(f"{size.name}: {rounds} rounds of {steps} steps")
         taken[size.name] = measure(size, rounds, steps)
-    rows = [row(size, taken[size.name], name) for size in SIZES for name in (BARE, *TIERS)]
-    print(table(["state", "variant", "rounds", "step ms (median / p95)", "ratio to bare (mean)", "median round"], rows))
+    rows = [row(size, taken[size.name], name) for size in sizes for name in (BARE, *TIERS)]
+    head = ["state", "variant", "rounds", "step ms (median / p95)", "CPU ms", "ratio to bare", "median round", "CPU ratio"]
+    print(table(head, rows))
     print("the floor is the bare loop itself")
     if asked.json:
         print(json.dumps({**result(taken), "environment": seen}))
