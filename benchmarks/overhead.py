@@ -176,12 +176,12 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer and shorter rounds")
     parser.add_argument("--json", action="store_true", help="the last line is one JSON object")
     parser.add_argument("--size", choices=[size.name for size in SIZES], help="only this one")
-    parser.add_argument("--rounds", type=int, default=0, help="rounds (default 30; 10 with --quick)")
-    parser.add_argument("--steps", type=int, default=0, help="timed steps per turn (default 20; 10 with --quick)")
+    parser.add_argument("--rounds", type=int, default=0, help="rounds (default 10; 5 with --quick)")
+    parser.add_argument("--steps", type=int, default=0, help="timed steps per turn (default 40; 30 with --quick)")
     asked = parser.parse_args()
     seen = environment()
     say(json.dumps(seen))
-    rounds, steps = asked.rounds or (10 if asked.quick else 30), asked.steps or (10 if asked.quick else 20)
+    rounds, steps = asked.rounds or (5 if asked.quick else 10), asked.steps or (30 if asked.quick else 40)
     taken = {}
     sizes = [size for size in SIZES if asked.size in (None, size.name)]
     for size in sizes:
