@@ -25,6 +25,7 @@ VERBS = {
     "restore": "Write a checkpoint as one safetensors file, verified.",
     "replay": "Decide a job's past anew with this version's code and show what differs.",
     "data": "What a job's journal proves about its data.",
+    "keys": "Change the key that opens an encrypted store, without touching its data.",
     "demo": "Lose a node in the middle of a step, on this machine, and compare with a run that did not.",
 }
 

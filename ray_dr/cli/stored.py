@@ -71,7 +71,7 @@ class StoredJob:
 
 def find_job(job: str, store_url: str | None) -> StoredJob:
     """The job that JOB and --store name. Raises ConfigError for a bad job.yaml or a job nobody ever ran."""
-    from ray_dr.stores.open import open_store
+    from ray_dr.stores.open import open_store, refuse_locked
 
     if job.endswith((".yaml", ".yml")) or Path(job).is_file():
         spec = config.load(job)
@@ -82,6 +82,7 @@ def find_job(job: str, store_url: str | None) -> StoredJob:
         store = open_store(url)
     except StoreError as error:
         raise ConfigError(str(error), remedy="check the store's URL", key="--store") from error
+    refuse_locked(store)
     if next(iter(store.list(f"{JOBS_PREFIX}{name}/")), None) is None:
         raise ConfigError(f"{store.url} knows no job {name!r}", remedy=_others(store), key="JOB")
     return StoredJob(name, store)

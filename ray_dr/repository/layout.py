@@ -4,6 +4,7 @@
     jobs/<job>/parts/<save>/r<rank>-<digest>.json        part lists, named by the first half of their BLAKE3 hash
     jobs/<job>/chunks/<save>/<id>                        bytes, named by their BLAKE3 hash and the save that put them
     jobs/<job>/journal/<term>-<segment>.jsonl            journal segments
+    keys/<data key>-<wrapper>.json                       of an encrypted store only, written by `stores.keys`
 
 <save> is <attempt>-<step>-<term>. A later save of the job may reuse its chunks; when they may go is told in `prune`.
 """

@@ -3,6 +3,8 @@
     file:///abs/path  or a plain path     a directory; `?shared=true` when every node mounts it
     s3://bucket/prefix                    `?endpoint=http://host:port`, `?region=...`, `?payload=signed`
     memory://name                         one process only, for tests
+
+Each takes `?key=env:NAME`, `?key=file:/path` or `?key=kms:<id>`: its objects are encrypted then (`stores.sealed`).
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
+from urllib.parse import SplitResult, parse_qsl, unquote, urlencode, urlsplit
 
 from ray_dr.errors import AlreadyExists, StoreError
 from ray_dr.stores.base import Store, Traits
@@ -35,7 +37,38 @@ def open_store(url: str) -> Store:
     }
     if parts.scheme not in makers:
         raise StoreError(f"unknown kind of store {parts.scheme!r} in {url!r}; write file://, s3:// or a path")
-    return makers[parts.scheme](parts, dict(parse_qsl(parts.query, keep_blank_values=True)))
+    options = dict(parse_qsl(parts.query, keep_blank_values=True))
+    source = options.pop("key", None)
+    store = makers[parts.scheme](parts, options)
+    return store if source is None else _seal(store, source)
+
+
+def refuse_locked(store: Store) -> None:
+    """Nothing, unless the store is encrypted and was opened without its key: WrongKey then."""
+    from ray_dr.stores.keys import KEYS_PREFIX, WrongKey
+
+    if next(iter(store.list(KEYS_PREFIX)), None) is not None:  # an opened one does not show them
+        raise WrongKey(f"{store.url} is encrypted: add ?key=env:NAME, ?key=file:/path or ?key=kms:<id> to its URL")
+
+
+def rotate_key(url: str, to: str) -> int:
+    """Wrap the data keys of the encrypted store at `url` with the key that `to` names instead of the URL's; how many.
+    Raises WrongKey."""
+    from ray_dr.stores.keys import WrongKey, find_key, rotate
+
+    parts = urlsplit(url)
+    options = dict(parse_qsl(parts.query, keep_blank_values=True))
+    if (old := options.pop("key", None)) is None:
+        raise WrongKey("name the key that opens the store now in its URL: ?key=env:NAME")
+    bare = open_store(parts._replace(query=urlencode(options)).geturl())
+    return rotate(bare, find_key(old), find_key(to))
+
+
+def _seal(store: Store, source: str) -> Store:
+    from ray_dr.stores.keys import find_key, open_keys
+    from ray_dr.stores.sealed import SealedStore
+
+    return SealedStore(store, open_keys(store, find_key(source)))
 
 
 def probe(store: Store) -> Traits:
@@ -44,6 +77,7 @@ def probe(store: Store) -> Traits:
     Writes and removes a few objects below `probe/`. Raises AccessDenied, StoreUnavailable, ... as the store does;
     StoreError when put-if-absent is not conditional, because two supervisors could then both believe to own a job.
     """
+    refuse_locked(store)
     prefix = f"probe/{uuid.uuid4().hex}"
     try:
         _check_round_trip(store, f"{prefix}/object")

@@ -24,7 +24,7 @@ from ray_dr.stores.retrying import Retry, Retrying
 from tests.s3_server import S3Server
 
 ROOT = Path(__file__).resolve().parents[2]
-KINDS = ("memory", "file", "faulty", "s3", "moto")
+KINDS = ("memory", "file", "sealed", "faulty", "s3", "moto")
 
 
 @pytest.fixture(scope="session")
@@ -60,6 +60,9 @@ def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
             return MemoryStore()
         case "file":
             return FileStore(tmp_path / "store")
+        case "sealed":
+            monkeypatch.setenv("STORE_KEY", "5a" * 32)
+            return open_store(f"file://{tmp_path}/store?key=env:STORE_KEY")
         case "faulty":
             return _retried_over_faults()
         case "s3":

@@ -1,4 +1,4 @@
-"""The whole of a failure on an S3 store: a real server, chunks by SigV4, one conditional put per commit."""
+"""The whole of a failure on an encrypted S3 store: a real server, chunks by SigV4, one conditional put per commit."""
 
 from __future__ import annotations
 
@@ -16,12 +16,16 @@ from ray_dr.actors.local_cluster import LocalCluster
 from ray_dr.model.job import Every, StoreTier
 from ray_dr.repository.commit import CommitLog
 from ray_dr.stores.open import open_store
+from ray_dr.stores.sealed import MAGIC
 from tests.ray import jobs
 from tests.ray.programs import replicated
 
 pytestmark = pytest.mark.ray
 ROOT = Path(__file__).parents[2]
-CREDENTIALS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_DEFAULT_REGION": "us-east-1"}
+CREDENTIALS = {
+    "AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_DEFAULT_REGION": "us-east-1",
+    "LAB_KEY": "c0ffee" * 10 + "beef",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +58,7 @@ def cluster() -> Iterator[LocalCluster]:
 
 
 def test_a_job_on_s3_survives_a_kill_and_resumes_from_the_bucket_alone(cluster: LocalCluster, endpoint: str) -> None:
-    url = f"s3://jobs/lab?endpoint={endpoint}&region=us-east-1"
+    url = f"s3://jobs/lab?endpoint={endpoint}&region=us-east-1&key=env:LAB_KEY"
     spec = jobs.held("on-s3", url, 80, store=StoreTier(url, Every(steps=20)))
     running = jobs.start(replicated, spec)
     running.wait_for_step(30)
@@ -64,9 +68,17 @@ def test_a_job_on_s3_survives_a_kill_and_resumes_from_the_bucket_alone(cluster: 
     log = CommitLog(open_store(url), "on-s3")
     assert log.checkpoints()[-1].version.step == 80
     before = jobs.final_state(spec)
+    assert_nothing_in_clear(url)
     again = jobs.start(replicated, spec)  # nothing is left in memory: the state comes from the bucket
     assert again.outcome().step == 80
     assert jobs.final_state(spec) == before
+
+
+def assert_nothing_in_clear(url: str) -> None:
+    bucket = open_store(url.replace("&key=env:LAB_KEY", ""))
+    objects = [entry.key for entry in bucket.list("jobs/")]
+    assert len(objects) > 5
+    assert all(bucket.get(key).startswith(MAGIC) for key in objects)
 
 
 def _answers(server: subprocess.Popen[bytes], url: str) -> bool:
