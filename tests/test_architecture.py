@@ -39,8 +39,9 @@ IMPURE = (
 )  # fmt: skip
 IMPURE_CALLS = ("open", "input", "print", "datetime.now", "datetime.utcnow", "date.today")
 
-# Ray's own processes take their settings from the environment and from a cluster's YAML, and from nowhere else.
-MAY_READ_ENVIRONMENT = ("config.py", "actors/local_cluster.py")
+# Ray's own processes take their settings from the environment and from a cluster's YAML, and from nowhere else. A store's
+# URL says which variable holds its key.
+MAY_READ_ENVIRONMENT = ("config.py", "actors/local_cluster.py", "stores/keys.py")
 MAY_READ_YAML = ("yaml_text.py", "config.py", "actors/local_cluster.py")
 BAD_FILE_NAMES = ("utils.py", "util.py", "helpers.py", "helper.py", "common.py", "misc.py", "base_impl.py")
 BAD_CLASS_ENDINGS = ("Manager", "Helper", "Util", "Utils", "Base", "Impl")

@@ -25,7 +25,7 @@ from blake3 import blake3
 from ray_dr.checkpoint.described import describe, parse
 from ray_dr.checkpoint.vault import Holding, Vault
 from ray_dr.checkpoint.writer import Task, Writer
-from ray_dr.errors import CorruptChunk, NotFound, StoreError
+from ray_dr.errors import ConfigError, CorruptChunk, NotFound, StoreError
 from ray_dr.model import codec
 from ray_dr.model.checkpoint import Chunk, PartRef, VersionId
 from ray_dr.model.journal import Record, Stepped
@@ -167,7 +167,12 @@ class Agent:
                 threading.Thread(target=self._pool, args=(connection, worker, header["size"]), daemon=True).start()
 
     def _pool(self, connection: Connection, worker: str, size: int) -> None:
-        path, per_slot, count, free = self.vault.open_pool(worker, size)
+        try:
+            path, per_slot, count, free = self.vault.open_pool(worker, size)
+        except ConfigError as error:
+            with contextlib.suppress(StoreError):
+                connection.send({"op": "no pool", "what": error.what, "key": error.key, "remedy": error.remedy})
+            return
         if self._links.get(worker) is not connection:
             self.vault.forget_worker(worker)  # it died while its pool was being made
             return

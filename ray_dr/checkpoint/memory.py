@@ -9,13 +9,16 @@ Fresh pages cost ten times as much as touched ones, so a pool is touched once wh
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import mmap
 import os
+import sys
 import weakref
 from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 
@@ -60,6 +63,16 @@ class Pool:
                 owner.close()
             except BufferError:
                 return  # Slices are still in use; the mapping ends with the last of them.
+
+
+def available_bytes() -> int:
+    """Memory that can still be had on this node: the kernel's estimate, or what the control group leaves of its limit."""
+    with open("/proc/meminfo") as info:
+        found = next((int(line.split()[1]) * 1024 for line in info if line.startswith("MemAvailable:")), sys.maxsize)
+    with contextlib.suppress(OSError, ValueError):  # no version 2 control group, or one without a limit ("max")
+        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
+        found = min(found, max(0, limit - used))
+    return found
 
 
 def attach(path: str, size: int) -> memoryview:

@@ -15,8 +15,8 @@ import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from ray_dr.checkpoint.memory import Pool
-from ray_dr.errors import NotFound
+from ray_dr.checkpoint.memory import Pool, available_bytes
+from ray_dr.errors import ConfigError, NotFound
 from ray_dr.model.checkpoint import Held, Part, StepRecord, VersionId
 
 PAGE_BYTES = 4096
@@ -61,6 +61,19 @@ class _Workspace:
     size: int = 0
 
 
+def _create(size: int, per_slot: int) -> Pool:
+    free = available_bytes()
+    try:
+        if size > free:
+            raise OSError(f"only {free / 2**30:.2f} GiB are free")
+        return Pool.create(size)
+    except OSError as error:
+        raise ConfigError(
+            f"the node has no room for {SLOTS} copies of a rank's share of the state, {per_slot / 2**30:.2f} GiB each ({error})",
+            key="checkpoint", remedy="more nodes (smaller shares), fewer workers per node, or nodes with more memory",
+        ) from error  # fmt: skip
+
+
 class Vault:
     """Thread-safe. `give_back(worker, slot index, pool path)` is called, outside the lock, when a worker may stage into
     a slot again."""
@@ -79,7 +92,8 @@ class Vault:
     def open_pool(self, worker: str, size: int) -> tuple[str, int, int, tuple[int, ...]]:
         """Slots of at least `size` bytes for a worker: (path to map, bytes per slot, how many, which are free).
 
-        Slow when a new pool is needed, because it is touched once (pre-faulted) here and never again.
+        Slow when a new pool is needed, because it is touched once (pre-faulted) here and never again. Raises ConfigError
+        when the node has not got that much memory.
         """
         with self._lock:
             workspace = self._workspaces.get(worker)
@@ -87,7 +101,7 @@ class Vault:
                 free = tuple(slot.index for slot in workspace.slots if not self._occupied(slot))
                 return workspace.slots[0].pool.path, workspace.size, SLOTS, free
         per_slot = -(-max(size, 1) // PAGE_BYTES) * PAGE_BYTES
-        pool = Pool.create(per_slot * SLOTS)
+        pool = _create(per_slot * SLOTS, per_slot)
         views = [pool.view[i * per_slot : (i + 1) * per_slot] for i in range(SLOTS)]
         with self._lock:
             self._workspaces[worker] = _Workspace([Slot(worker, i, pool, views[i]) for i in range(SLOTS)], per_slot)

@@ -12,7 +12,7 @@ from typing import Any
 
 from ray_dr.checkpoint.described import describe
 from ray_dr.checkpoint.memory import attach
-from ray_dr.errors import StoreError
+from ray_dr.errors import ConfigError, StoreError
 from ray_dr.model import codec
 from ray_dr.model.checkpoint import Part, StepRecord
 from ray_dr.model.journal import Record
@@ -31,13 +31,14 @@ class Link:
         self._free: set[int] = set()
         self._path = ""
         self._asked = self._answered = False
+        self._refused: ConfigError | None = None
         self._connection.send({"op": "worker", "worker": worker, "pid": pid})
         threading.Thread(target=self._listen, name="link", daemon=True).start()
 
     def open_pool(self, size: int) -> None:
         """Ask for slots of at least `size` bytes; they come when the agent has touched every page of them."""
         with self._changed:
-            self._asked, self._answered = True, False
+            self._asked, self._answered, self._refused = True, False, None
             self._free.clear()
         self._connection.send({"op": "pool", "size": size})
 
@@ -53,12 +54,15 @@ class Link:
             self._free.clear()
 
     def take_slot(self, size: int, wait_s: float) -> tuple[int, memoryview] | None:
-        """A free slot of at least `size` bytes, or None when there is none within `wait_s` seconds."""
+        """A free slot of at least `size` bytes, or None when there is none within `wait_s` seconds. Raises ConfigError when
+        the node has no memory for slots of that size."""
         deadline = time.monotonic() + wait_s
         with self._changed:
-            while not (self._answered and self._free and self._slots and len(self._slots[0]) >= size):
+            while self._refused is None and not (self._answered and self._free and self._slots and len(self._slots[0]) >= size):
                 if not self._changed.wait(max(0.0, deadline - time.monotonic())) and time.monotonic() >= deadline:
                     return None
+            if self._refused is not None:
+                raise self._refused
             index = min(self._free)
             self._free.discard(index)
             return index, self._slots[index]
@@ -103,6 +107,8 @@ class Link:
                 self._map(header)
                 self._free = early | set(header["free"])
                 self._answered = True
+            elif header["op"] == "no pool":
+                self._refused = ConfigError(header["what"], key=header["key"], remedy=header["remedy"])
             elif header["op"] == "free" and header["path"] == self._path:
                 self._free.add(header["slot"])
             self._changed.notify_all()

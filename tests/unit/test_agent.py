@@ -12,7 +12,8 @@ import pytest
 from ray_dr.actors import node_agent
 from ray_dr.actors.node_agent import Agent, Outbox
 from ray_dr.checkpoint.described import describe, parse
-from ray_dr.errors import NotFound, StoreError, StoreUnavailable
+from ray_dr.checkpoint.memory import available_bytes
+from ray_dr.errors import ConfigError, NotFound, StoreError, StoreUnavailable
 from ray_dr.model.checkpoint import Box, Part, Shard, StepRecord, VersionId
 from ray_dr.stores.peer import PeerReader
 from ray_dr.stores.wire import Connection, connect
@@ -181,6 +182,18 @@ def test_a_worker_whose_state_grew_waits_for_larger_slots(agent: Agent) -> None:
     assert link.take_slot(100_000, 0.0) is None
     link.open_pool(100_000)
     assert held(agent, stage(link, 2, b"y" * 100_000)) == b"y" * 100_000
+    link.close()
+
+
+def test_a_state_that_the_nodes_memory_cannot_hold_is_refused_with_the_numbers(agent: Agent) -> None:
+    link = Link(agent.address, TOKEN, "w0", 1)
+    size = available_bytes()  # a pool takes three times as much
+    link.open_pool(size)
+    with pytest.raises(ConfigError, match=r"no room for 3 copies .* GiB each \(only .* GiB are free\)"):
+        link.take_slot(size, WAIT_S)
+    link.reset()
+    link.open_pool(1000)
+    assert held(agent, stage(link, 1, b"x" * 1000)) == b"x" * 1000
     link.close()
 
 
