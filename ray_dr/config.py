@@ -11,6 +11,7 @@
     recovery: {unwind: 15s, start: 5m, settle: 1s, silent: 5s, attempts_without_progress: 5}
     deterministic: false
     seed: 0
+    rpo: 2m                             # work that may be lost with all nodes; none is promised without
     overhead: 1%                        # of a step, for memory checkpoints with `every: auto`
     backend: auto                       # or gloo, nccl
     settings: {lr: 3e-4}                # the program's own, as ctx.settings
@@ -37,7 +38,7 @@ T = TypeVar("T")
 
 STORE_VARIABLE = "RAY_DR_STORE"
 JOB_KEYS = (
-    "job", "store", "workers", "checkpoint", "recovery", "deterministic", "seed", "overhead", "settings", "backend",
+    "job", "store", "workers", "checkpoint", "recovery", "deterministic", "seed", "overhead", "rpo", "settings", "backend",
 )  # fmt: skip
 WORKER_KEYS = ("nodes", "min_nodes_to_run", "per_node", "gpus_per_node", "cpus_per_worker")
 RECOVERY_KEYS = ("unwind", "start", "settle", "silent", "attempts_without_progress")
@@ -104,6 +105,7 @@ def _parse(text: str, file: str) -> tuple[Job, Place]:
         deterministic=_one(keys, "deterministic", Setting.flag, False),
         seed=_one(keys, "seed", lambda setting: setting.whole(0, 2**53), 0),
         overhead=_one(keys, "overhead", _overhead, 0.01),
+        rpo_s=_one(keys, "rpo", lambda setting: setting.duration_s(least=1.0), math.inf),
         settings=_one(keys, "settings", _settings, {}),
         backend=_one(keys, "backend", lambda setting: _backend(setting, workers), "auto"),
     )

@@ -210,7 +210,10 @@ class Host:
             cadence = self.pace.next(self.job, self.perform.cadence, self.progress.newest)
             if cadence is not None:
                 self.note("cadence.changed", memory_every=cadence.memory_every, store_every=cadence.store_every,
-                          from_step=cadence.from_step, step_s=self.pace.step_s, cost_s=self.pace.cost_s)  # fmt: skip
+                          from_step=cadence.from_step, step_s=self.pace.step_s, cost_s=self.pace.cost_s,
+                          reason=self.pace.reason(self.job, cadence))  # fmt: skip
+                if (exposed_s := self.pace.exposed_s(cadence)) > self.job.rpo_s:
+                    self.note("rpo.unreachable", rpo_s=self.job.rpo_s, exposed_s=exposed_s, write_s=self.pace.write_s)
                 self.perform.set_cadence(group, cadence)
 
     # -- opening and closing

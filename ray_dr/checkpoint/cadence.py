@@ -40,16 +40,20 @@ def store_interval(
     memory_steps: int,
     current: int | None = None,
     every: Every = AUTO,
+    rpo_s: float = math.inf,
 ) -> int:
     """Steps between checkpoints in a store: a multiple of `memory_steps`, whose snapshot they reuse.
 
     write_s   from the snapshot until it is durable, seconds; a new one never starts before
     slowdown  fraction by which steps are slower while the write runs (0..1): `slowdown * write_s` is its cost
+    rpo_s     the most work, in seconds, that may be lost with everything but the store: interval and write together
     Source: CheckFreq (FAST '21) and PCcheck (ASPLOS '25), k = max(ceil(w / t), ceil(s * w / (p * t))).
     """
     said = _said(every, step_s)
     wanted = _damped(_affordable(step_s, slowdown * write_s, budget), current) if said is None else said
     drained = math.ceil(write_s / step_s) if step_s > 0 else 1
+    if step_s > 0 and rpo_s < math.inf:
+        wanted = min(wanted, max(1, int((rpo_s - write_s) / step_s)))
     return -(-max(wanted, drained, 1) // memory_steps) * memory_steps
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass, field
 from statistics import median
@@ -83,6 +84,11 @@ class Pace:
         worked_s = median(self._seals) if self._seals else 0.0
         return stall_s + (BACKGROUND * worked_s if worked_s > SHOWS * self.step_s else 0.0)
 
+    @property
+    def write_s(self) -> float:
+        """Seconds from a snapshot until it is durable in the store; 0 before the first."""
+        return median(self._writes) if self._writes else 0.0
+
     def next(self, job: Job, current: Cadence, step: int) -> Cadence | None:
         """A cadence that differs from the current one, to begin a little after `step`; None when there is no reason."""
         if len(self._plain) + len(self._after_save) < PLAIN_STEPS or self.step_s <= 0:
@@ -94,13 +100,34 @@ class Pace:
             memory = memory_interval(self.step_s, self.cost_s, budget=job.overhead, current=memory, every=job.memory.every)
         if not _never(job.store.every):
             store = store_interval(
-                self.step_s, median(self._writes) if self._writes else 0.0, slowdown=0.5, budget=5 * job.overhead,
-                memory_steps=1, current=current.store_every or None, every=job.store.every,
+                self.step_s, self.write_s, slowdown=0.5, budget=5 * job.overhead,
+                memory_steps=1, current=current.store_every or None, every=job.store.every, rpo_s=job.rpo_s,
             )  # fmt: skip
-        memory, store = _settled(current.memory_every, memory), _settled(current.store_every, store)
+        memory = _settled(current.memory_every, memory)
+        if store >= current.store_every or job.rpo_s == math.inf:  # an objective is no matter of about
+            store = _settled(current.store_every, store)
         if (memory, store) == (current.memory_every, current.store_every):
             return None
         return Cadence(step + max(2, round(AHEAD_S / self.step_s)), memory, store)
+
+
+    def reason(self, job: Job, cadence: Cadence) -> str:
+        """Why a cadence is what it is, in words with the measured numbers."""
+        step_s, words = self.step_s, [f"a step takes {self.step_s:.3g} s"]
+        if cadence.memory_every and job.memory.every == Every():
+            words.append(f"a save to memory costs {self.cost_s:.3g} s, and {job.overhead:.3g} of a step may be spent")
+        if cadence.store_every:
+            said = job.store.every.seconds or (job.store.every.steps or 0) * step_s
+            asked = f", one each {said:.3g} s is asked for" if said else ""
+            words.append(f"a write to the store takes {self.write_s:.3g} s{asked}")
+        if job.rpo_s < math.inf and cadence.store_every:
+            words.append(f"at most {job.rpo_s:.3g} s of work may be lost")
+        return "; ".join(words)
+
+    def exposed_s(self, cadence: Cadence) -> float:
+        """Seconds of work that are lost at most with everything but the store: one interval and one write (algorithms: the
+        checkpoint under way does not count)."""
+        return cadence.store_every * self.step_s + self.write_s if cadence.store_every else math.inf
 
 
 def _never(every: Every) -> bool:

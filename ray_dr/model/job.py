@@ -78,6 +78,8 @@ class Job:
     seed: int = 0
     overhead: float = 0.01
     """Share of a step's time that memory checkpoints may cost with `every: auto` (0..1)."""
+    rpo_s: float = float("inf")
+    """Recovery point objective: seconds of work that may be lost with all nodes. The store's interval is shortened to keep it."""
     settings: dict[str, str | int | float | bool] = field(default_factory=dict)
     """The program's own values, as `ctx.settings`."""
     backend: Literal["auto", "gloo", "nccl"] = "auto"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from ray_dr.checkpoint.pace import Pace, first_cadence
@@ -123,3 +125,21 @@ def test_a_new_attempt_measures_its_steps_anew() -> None:
         pace.stepped(StepRecord(2, step, 0, 1, (), "", 0.2))
     assert pace.step_s == pytest.approx(0.2)
     assert pace.cost_s == pytest.approx(0.01)
+
+
+def test_the_store_is_written_as_often_as_the_recovery_point_objective_asks() -> None:
+    pace = measured(0.1, 0.0005)  # a write takes a second
+    strict = replace(job(), rpo_s=5.0)
+    cadence = pace.next(strict, Cadence(0, 4, 0), 40)
+    assert cadence is not None
+    assert cadence.store_every == 40
+    assert pace.exposed_s(cadence) == pytest.approx(5.0)
+    assert "at most 5 s of work may be lost" in pace.reason(strict, cadence)
+
+
+def test_an_objective_below_what_a_write_takes_is_seen_to_be_out_of_reach() -> None:
+    pace = measured(0.1, 0.0005)
+    cadence = pace.next(replace(job(), rpo_s=1.5), Cadence(0, 4, 0), 40)
+    assert cadence is not None
+    assert cadence.store_every == 10, "a new write never starts before the last one is done"
+    assert pace.exposed_s(cadence) == pytest.approx(2.0)
