@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from blake3 import blake3
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ray_dr.checkpoint import save_plan
 from ray_dr.checkpoint.reader import MemorySource, read_state
 from ray_dr.checkpoint.restore_plan import clip, plan_restore
-from ray_dr.checkpoint.save_plan import Leaf, plan_save, replicated, row_bytes
+from ray_dr.checkpoint.save_plan import GRAIN_BYTES, GRAINS_PER_SHARE, Leaf, plan_save, replicated, whole
 from ray_dr.model.checkpoint import ALIGNMENT, DTYPE_BYTES, Box, Chunk, Part, VersionId
 
 DTYPES = ("float32", "bfloat16", "uint8", "complex128")
@@ -94,15 +95,60 @@ def test_all_ranks_together_save_each_element_exactly_once(found: list[Tensor], 
     assert all((count == 1).all() for count in seen.values())
 
 
-@settings(max_examples=100, deadline=None)
-@given(found=tensors(), world=st.integers(1, 16))
-def test_replicated_bytes_are_balanced_within_one_row(found: list[Tensor], world: int) -> None:
-    leaves = [[leaf(t, None, rank, world) for t in found] for rank in range(world)]
-    plans = [plan_save(mine, rank=rank, world=world) for rank, mine in enumerate(leaves)]
-    largest_row = max(row_bytes(one.boxes[0])[1] for one in leaves[0])
-    mean = sum(one.boxes[0].size for one in leaves[0]) / world
-    for plan in plans:
-        assert abs(sum(shard.box.size for shard in plan.shards) - mean) <= largest_row + 1
+SHAPES = st.lists(st.integers(1, 40) | st.sampled_from((1, 1000, 30_000)), max_size=3).filter(
+    lambda shape: math.prod(shape) <= 10**7
+)
+
+
+@settings(max_examples=80, deadline=None)
+@given(shapes=st.lists(SHAPES, min_size=1, max_size=6), fixed=st.integers(0, 20_000), world=st.integers(1, 64))
+def test_replicated_bytes_are_balanced_over_ranks_whatever_the_shapes(
+    shapes: list[list[int]], fixed: int, world: int
+) -> None:
+    boxes = [whole(f"t{i}", "float32", tuple(shape)) for i, shape in enumerate(shapes)]
+    plans = []
+    for rank in range(world):
+        leaves = [Leaf(box.name, box.dtype, box.global_shape, (box,), rank, world) for box in boxes]
+        state = whole("loose", "uint8", (fixed,))
+        plans.append(plan_save([*leaves, Leaf("loose", "uint8", (fixed,), (state,), rank, world, whole=True)],
+                               rank=rank, world=world))  # fmt: skip
+    loads = [sum(shard.box.size for shard in plan.shards) for plan in plans]
+    total = sum(box.size for box in boxes) + fixed
+    assert sum(loads) == total
+    grain = max(total // (world * GRAINS_PER_SHARE), GRAIN_BYTES)
+    assert fixed <= loads[0] <= max(fixed, total / world) + grain + 1
+    rest = (total - max(fixed, total // world)) / (world - 1) if world > 1 else 0
+    assert all(abs(load - rest) <= grain + 1 for load in loads[1:])
+    assert [shard.box.name for plan in plans[1:] for shard in plan.shards].count("loose") == 0
+    assert all(len(plan.shards) <= len(boxes) + 1 + 2 * 2 * 3 for plan in plans)
+
+
+@settings(max_examples=80, deadline=None)
+@given(found=tensors(), world=st.integers(1, 64), data=st.data())
+def test_tied_tensors_are_written_once_and_found_under_each_name(
+    found: list[Tensor], world: int, data: st.DataObject
+) -> None:
+    tied = data.draw(st.sampled_from(found))
+    for rank in range(world):
+        leaves = [leaf(t, t.saved_dim, rank, world) for t in found]
+        (first,) = (one for one in leaves if one.name == tied.name)
+        again = replace(first, name="z", boxes=tuple(replace(box, name="z") for box in first.boxes), same_as=tied.name)
+        plan, alone = (plan_save(given, rank=rank, world=world) for given in ([*leaves, again], leaves))
+        assert plan.size == alone.size
+        places = {name: [(s.box.offsets, s.box.lengths, s.at) for s in plan.shards if s.box.name == name]
+                  for name in ("z", tied.name)}  # fmt: skip
+        assert places["z"] == places[tied.name]
+        assert [shard for shard in plan.shards if shard.box.name != "z"] == list(alone.shards)
+
+
+def test_a_state_that_stays_the_same_is_planned_once() -> None:
+    planned = save_plan._plan.cache_info
+    leaves = [replicated(f"once{i}", "float32", (i + 1, 3), rank=1, world=4) for i in range(9)]
+    before = planned().misses
+    first = plan_save(leaves, rank=1, world=4)
+    again = plan_save([replicated(f"once{i}", "float32", (i + 1, 3), rank=1, world=4) for i in range(9)], rank=1, world=4)
+    assert again is first
+    assert planned().misses == before + 1
 
 
 @settings(max_examples=60, deadline=None)
