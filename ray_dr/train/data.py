@@ -32,7 +32,7 @@ class Data:
                 key="micro_batches", remedy=f"a divisor of {global_batch}",
             )  # fmt: skip
         self.dataset, self.order, self._collate = dataset, order, collate
-        self.global_batch, self.micro_batches = global_batch, micro_batches
+        self.global_batch, self.micro_batches = int(global_batch), micro_batches
         self.position = 0
 
     @property

@@ -114,9 +114,12 @@ def _buffers(target: Target) -> tuple[dict[Box, memoryview], list[tuple[torch.Te
     late: list[tuple[torch.Tensor, torch.Tensor]] = []
     for local, box in _wanted(target):
         tensor = local.tensor
-        if tensor.is_cuda or not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg():
+        shared = local.leaf.name in target.shared
+        if tensor.is_cuda or shared or not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg():
             staged = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
             late.append((tensor, staged))
+            if shared:
+                target.shared[local.leaf.name] = staged
             tensor = staged
         buffers[box] = bytes_of(tensor)
     return buffers, late

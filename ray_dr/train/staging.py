@@ -39,7 +39,11 @@ def stage(plan: SavePlan, flat: Flat, slot: memoryview) -> None:
     """
     host: list[tuple[memoryview, torch.Tensor]] = []
     device: list[tuple[memoryview, torch.Tensor]] = []
+    filled: set[int] = set()
     for shard in plan.shards:
+        if not shard.box.size or shard.at in filled:
+            continue  # tied tensors share a place
+        filled.add(shard.at)
         piece = _piece(flat.tensors[shard.box.name], shard)
         target = slot[shard.at : shard.at + shard.box.size]
         (device if piece.is_cuda else host).append((target, piece))
@@ -56,12 +60,13 @@ def pin(slot: memoryview) -> None:
 
 
 def _piece(local: Local, shard: Shard) -> torch.Tensor:
-    """The rows of this rank's tensor that a shard covers."""
+    """What a shard covers of this rank's tensor."""
     (box,) = local.leaf.boxes
-    if shard.box.lengths == box.lengths:
-        return local.tensor
-    first = shard.box.offsets[0] - box.offsets[0]
-    return local.tensor[first : first + shard.box.lengths[0]]
+    piece = local.tensor
+    if shard.box.lengths != box.lengths:
+        for dim, (at, base) in enumerate(zip(shard.box.offsets, box.offsets, strict=True)):
+            piece = piece.narrow(dim, at - base, shard.box.lengths[dim])
+    return piece
 
 
 def _copy_from_device(pairs: list[tuple[memoryview, torch.Tensor]]) -> None:

@@ -1,45 +1,40 @@
 """Training state to named tensors and JSON values, and back: no pickle, at any world size.
 
 Names are paths: `model/layers.0.weight`, `optimizer/state/layers.0.weight/exp_avg` (with several modules the latter
-is `optimizer/state/model.layers.0.weight/exp_avg`). A plain tensor is taken to be the same on every rank (data
-parallel); a DTensor says itself which box of the whole this rank holds.
+is `optimizer/state/model.layers.0.weight/exp_avg`). A plain tensor of a module or optimizer is taken to be the same on
+every rank (data parallel); a DTensor says itself which box of the whole this rank holds.
 
-Whatever else an object's `state_dict()` holds is kept as one JSON value per object, tensors in it replaced by
-`{"$tensor": name}`; see `_encode` for the few forms JSON lacks.
+Whatever else an object's `state_dict()` holds is kept as one JSON value per object (see `values`), tensors in it aside.
+What a user's object keeps may differ between ranks; then rank 0's word counts, for its plain tensors as for its numbers.
+
+Two names of the same memory (tied weights) are stored once, and read once where the program ties them too.
 """
 
 from __future__ import annotations
 
-import functools
-import math
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 
 from ray_dr.checkpoint.restore_plan import Index, compare
-from ray_dr.checkpoint.save_plan import Leaf, replicated
-from ray_dr.errors import IncompatibleState, UnsupportedState
-from ray_dr.model.checkpoint import DTYPE_BYTES, Box
+from ray_dr.checkpoint.save_plan import Leaf
+from ray_dr.errors import CheckpointError, IncompatibleState, UnsupportedState
+from ray_dr.model.checkpoint import Box
 from ray_dr.train.data import Data
+from ray_dr.train.leaves import Local as Local
+from ray_dr.train.leaves import as_bytes as as_bytes
+from ray_dr.train.leaves import bytes_of as bytes_of
+from ray_dr.train.leaves import describe, same_memory
+from ray_dr.train.values import decode, encode, tensors_in
 
 Objects = Mapping[str, Any]
-LEAVES_KEPT = 65_536
-
-
-@dataclass(frozen=True, slots=True)
-class Local:
-    """What this rank holds of a named tensor: its bytes' owner, the box of the whole, and which replica it is."""
-
-    tensor: torch.Tensor
-    leaf: Leaf
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,69 +45,45 @@ class Flat:
     scalars: dict[str, Any]
 
 
+@dataclass(slots=True)
+class _Gathered:
+    """Tensors described one after the other; those of the same memory are known as the same."""
+
+    rank: int
+    world: int
+    tensors: dict[str, Local] = field(default_factory=dict)
+    _names: dict[Any, str] = field(default_factory=dict)
+
+    def add(self, name: str, tensor: torch.Tensor, *, whole: bool = False) -> None:
+        """whole   rank 0's tensor is the one that counts"""
+        if name in self.tensors:
+            raise UnsupportedState(f"{name}: two tensors of the state have this name (rename one of them)")
+        local = describe(name, tensor, self.rank, self.world)
+        whole = whole and not isinstance(tensor, DTensor)
+        key = (same_memory(tensor), whole)
+        first = self._names.setdefault(key, name) if key[0] else name
+        if whole or first != name:
+            local = Local(local.tensor, replace(local.leaf, whole=whole, same_as=first if first != name else ""))
+        self.tensors[name] = local
+
+
 def flatten(objects: Objects, *, rank: int, world: int) -> Flat:
     """The state of named objects. Raises UnsupportedState naming what cannot be stored."""
-    tensors: dict[str, Local] = {}
+    gathered = _Gathered(rank, world)
     scalars: dict[str, Any] = {}
     names = parameter_names(objects)
     for name, value in objects.items():
         if isinstance(value, nn.Module):
             for key, tensor in _module_tensors(name, value).items():
-                tensors[f"{name}/{key}"] = describe(f"{name}/{key}", tensor, rank, world)
+                gathered.add(f"{name}/{key}", tensor)
         elif isinstance(value, torch.optim.Optimizer):
-            _flatten_optimizer(name, value, names, tensors, scalars, rank, world)
+            scalars[name] = _flatten_optimizer(name, value, names, gathered)
         else:
             found: dict[str, torch.Tensor] = {}
-            scalars[name] = _encode(_state_dict_of(name, value), name, found)
+            scalars[name] = encode(_state_dict_of(name, value), name, found)
             for key, tensor in found.items():
-                tensors[key] = describe(key, tensor, rank, world)
-    return Flat(tensors, scalars)
-
-
-def describe(name: str, tensor: torch.Tensor, rank: int, world: int) -> Local:
-    """Which box of the whole a tensor is, on this rank. Raises UnsupportedState for one that has no plain bytes."""
-    dtype = _dtype_name(tensor.dtype)
-    if dtype not in DTYPE_BYTES or tensor.layout is not torch.strided or tensor.is_meta:
-        kind = "a meta tensor" if tensor.is_meta else f"a {tensor.layout} tensor of {tensor.dtype}"
-        raise UnsupportedState(f"{name}: {kind} has no bytes that could be stored (keep a dense one of a plain dtype)")
-    if not isinstance(tensor, DTensor):
-        shape = tuple(tensor.shape)
-        return Local(tensor.detach(), _replicated(name, dtype, shape, rank, world))
-    mesh, placements = tensor.device_mesh, tensor.placements
-    if not all(isinstance(place, Replicate | Shard) for place in placements):
-        raise UnsupportedState(
-            f"{name}: placement {placements} is neither sharded along plain dimensions nor replicated "
-            "(call redistribute first)"
-        )
-    shape = tuple(tensor.shape)
-    lengths, offsets = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
-    replica, replicas = _replica(mesh.get_coordinate() or [], mesh.shape, placements)
-    box = Box(name, dtype, shape, tuple(offsets), tuple(lengths))
-    return Local(tensor.to_local().detach(), Leaf(name, dtype, shape, (box,), replica, replicas))
-
-
-@functools.lru_cache(LEAVES_KEPT)
-def _replicated(name: str, dtype: str, shape: tuple[int, ...], rank: int, world: int) -> Leaf:
-    """Kept, because every save describes the same tensors."""
-    return replicated(name, dtype, shape, rank=rank, world=world)
-
-
-@functools.cache
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """The bytes of a tensor with elements, as uint8 of shape (nbytes,); without a copy when it is contiguous."""
-    flat = tensor.resolve_conj().resolve_neg().contiguous().reshape(-1)
-    if flat.is_complex():
-        flat = torch.view_as_real(flat).reshape(-1)
-    return flat.view(torch.uint8)
-
-
-def bytes_of(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a CPU tensor, without a copy when it is contiguous: length nbytes."""
-    return as_bytes(tensor).numpy().data if tensor.numel() else memoryview(b"")
+                gathered.add(key, tensor, whole=True)
+    return Flat(gathered.tensors, scalars)
 
 
 def parameter_names(objects: Objects) -> dict[int, str]:
@@ -127,8 +98,12 @@ def parameter_names(objects: Objects) -> dict[int, str]:
 
 
 def unwrap(module: nn.Module) -> nn.Module:
-    """The module the researcher wrote, without DDP around it."""
-    return module.module if isinstance(module, DistributedDataParallel) else module
+    """The module the researcher wrote, without DDP and `torch.compile` around it."""
+    while True:
+        inner = module.module if isinstance(module, DistributedDataParallel) else getattr(module, "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
+            return module
+        module = inner
 
 
 class Target:
@@ -140,33 +115,41 @@ class Target:
 
     def __init__(self, objects: Objects, saved: Index, scalars: Mapping[str, Any], *, rank: int, world: int) -> None:
         self._objects, self._scalars, self._saved = objects, scalars, saved
-        self._rank, self._world = rank, world
         self._names = parameter_names(objects)
-        self._locals: dict[str, Local] = {}
+        self._wanted = _Gathered(rank, world)
+        self._copies: list[tuple[nn.Module, dict[str, torch.Tensor]]] = []
         self._loose: dict[str, torch.Tensor] = {}
         self._optimizer_state: list[tuple[torch.optim.Optimizer, torch.Tensor, dict[str, torch.Tensor]]] = []
         for name, value in objects.items():
             if isinstance(value, nn.Module):
-                for key, tensor in _module_tensors(name, value).items():
-                    self._want(f"{name}/{key}", tensor)
+                self._want_module(name, value)
             elif isinstance(value, torch.optim.Optimizer):
                 self._want_optimizer(name, value)
                 self._want_loose(name, {})
             else:
                 present: dict[str, torch.Tensor] = {}
-                _encode(_state_dict_of(name, value), name, present)
+                encode(_state_dict_of(name, value), name, present)
                 self._want_loose(name, present)
-        differences = compare(saved, (box for local in self._locals.values() for box in _named(local.leaf)))
+        wanted = self._wanted.tensors
+        differences = compare(saved, (box for local in wanted.values() for box in _named(local.leaf)))
         if found := (*differences, *_differences(objects, scalars, self._names)):
             raise IncompatibleState(found)
+        self._locals = tuple(local for local in wanted.values() if not self._read_as_another(local.leaf))
+        self.shared: dict[str, torch.Tensor | None] = dict.fromkeys(_overlapping(self._locals))
 
     @property
     def locals(self) -> tuple[Local, ...]:
-        """Wanted tensors, each with this rank's boxes of it."""
-        return tuple(self._locals.values())
+        """Tensors to fill, each with this rank's boxes of it."""
+        return self._locals
 
     def apply(self) -> None:
-        """After the buffers were filled: put optimizer state, scalars and other objects' state in place."""
+        """After the buffers were filled: put optimizer state, scalars and other objects' state in place.
+
+        Raises CheckpointError when tensors that share memory here do not agree in the checkpoint.
+        """
+        self._check_shared()
+        for module, tensors in self._copies:
+            module.load_state_dict(tensors)
         for optimizer, parameter, state in self._optimizer_state:
             optimizer.state.pop(parameter, None)  # what the checkpoint does not have must not stay
             if state:
@@ -175,13 +158,42 @@ class Target:
             if isinstance(value, torch.optim.Optimizer):
                 self._apply_scalars(name, value)
             elif not isinstance(value, nn.Module):
-                value.load_state_dict(_decode(self._scalars[name], self._loose))
+                value.load_state_dict(decode(self._scalars[name], self._loose))
 
     def _want(self, name: str, tensor: torch.Tensor) -> None:
-        self._locals[name] = describe(name, tensor, self._rank, self._world)
+        self._wanted.add(name, tensor)
+
+    def _want_module(self, name: str, module: nn.Module) -> None:
+        """A module's tensors are filled where they are; what its state_dict made only to show it, is loaded by it."""
+        tensors = _module_tensors(name, module)
+        for key, tensor in tensors.items():
+            self._want(f"{name}/{key}", tensor)
+        inner = unwrap(module)
+        own = {_storage(tensor) for tensor in (*inner.parameters(), *inner.buffers())}
+        if any(tensor.numel() and _storage(tensor) not in own for tensor in tensors.values()):
+            self._copies.append((inner, tensors))
+
+    def _read_as_another(self, leaf: Leaf) -> bool:
+        """Whether a tensor's memory is filled under another name anyway: tied here, and stored once."""
+        if not leaf.same_as:
+            return False
+        mine, others = (
+            [(rank, shard.at, shard.box.offsets, shard.box.lengths) for rank, shard in self._saved.shards[name]]
+            for name in (leaf.name, leaf.same_as)
+        )
+        return mine == others
+
+    def _check_shared(self) -> None:
+        for local in self._locals:
+            staged = self.shared.get(local.leaf.name)
+            if staged is not None and not torch.equal(as_bytes(local.tensor), as_bytes(staged).to(local.tensor.device)):
+                raise CheckpointError(
+                    f"{local.leaf.name}: shares memory with another tensor of the program, and the checkpoint has "
+                    "different values for them (give them memory of their own, as the program had that saved them)"
+                )
 
     def _want_optimizer(self, name: str, optimizer: torch.optim.Optimizer) -> None:
-        nested = set(_tensors_in(self._scalars.get(name)))
+        nested = set(tensors_in(self._scalars.get(name)))
         keys_of: dict[str, list[str]] = {}
         for path in self._saved.shards:
             if path.startswith(f"{name}/state/") and path not in nested:
@@ -207,7 +219,7 @@ class Target:
 
     def _want_loose(self, name: str, present: Mapping[str, torch.Tensor]) -> None:
         """Tensors inside an object's JSON value: like the one the object has at that place now, if it has."""
-        for path in _tensors_in(self._scalars.get(name)):
+        for path in tensors_in(self._scalars.get(name)):
             box = self._saved.box(path)
             like = present.get(path)
             if like is not None and tuple(like.shape) == box.global_shape:
@@ -220,10 +232,10 @@ class Target:
     def _apply_scalars(self, name: str, optimizer: torch.optim.Optimizer) -> None:
         saved = self._scalars[name]
         for group, values in zip(optimizer.param_groups, saved["param_groups"], strict=True):
-            group.update({key: _decode(value, self._loose) for key, value in values.items() if key != "params"})
+            group.update({key: decode(value, self._loose) for key, value in values.items() if key != "params"})
         for label, parameter, _ in _labelled_parameters(optimizer, self._names):
             for key, value in saved["state"].get(label, {}).items():
-                optimizer.state[parameter][key] = _decode(value, self._loose)
+                optimizer.state[parameter][key] = decode(value, self._loose)
 
 
 def _differences(objects: Objects, scalars: Mapping[str, Any], names: Mapping[int, str]) -> Iterator[str]:
@@ -263,12 +275,48 @@ def _named(leaf: Leaf) -> tuple[Box, ...]:
 
 def _module_tensors(name: str, module: nn.Module) -> dict[str, torch.Tensor]:
     """The module's state_dict. Raises UnsupportedState for an extra state that is no tensor."""
-    state = unwrap(module).state_dict()
+    for prefix, inner in module.named_modules():
+        if isinstance(inner, FullyShardedDataParallel):
+            place = f"{name}/{prefix}" if prefix else name
+            raise UnsupportedState(f"{place}: FullyShardedDataParallel keeps its tensors in flat pieces that say neither "
+                                   "name nor place (use torch.distributed.fsdp.fully_shard)")  # fmt: skip
+    state: dict[str, torch.Tensor] = unwrap(module).state_dict()
+    value: object
     for key, value in state.items():
         if not isinstance(value, torch.Tensor):
             found = type(value).__name__
             raise UnsupportedState(f"{name}/{key}: a {found} in a module's state_dict (register a tensor as a buffer)")
+        if is_lazy(value) or value.layout is not torch.strided:
+            continue  # refused with its own words when it is described
+        local = value.to_local() if isinstance(value, DTensor) else value
+        if any(stride == 0 and size > 1 for stride, size in zip(local.stride(), local.shape, strict=True)):
+            raise UnsupportedState(
+                f"{name}/{key}: its elements share memory, so that they could not be loaded one by one "
+                "(register a .clone() of the expanded tensor)"
+            )
     return state
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return local.untyped_storage().data_ptr()
+
+
+def _overlapping(found: Sequence[Local]) -> Iterator[str]:
+    """Names of tensors whose stretches of memory overlap."""
+    spans = []
+    for local in found:
+        if local.tensor.numel():
+            item = local.tensor.element_size()
+            length = sum((n - 1) * stride for n, stride in zip(local.tensor.shape, local.tensor.stride(), strict=True))
+            first = local.tensor.data_ptr()
+            spans.append((str(local.tensor.device), first, first + (length + 1) * item, local.leaf.name))
+    widest: tuple[str, int, int, str] | None = None
+    for span in sorted(spans):
+        if widest is not None and span[0] == widest[0] and span[1] < widest[2]:
+            yield from (widest[3], span[3])
+        if widest is None or span[0] != widest[0] or span[2] > widest[2]:
+            widest = span
 
 
 def _labelled_parameters(
@@ -291,107 +339,46 @@ def _group_labels(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) ->
     return labels
 
 
-def _flatten_optimizer(name: str, optimizer: torch.optim.Optimizer, names: Mapping[int, str], tensors: dict[str, Local],
-                       scalars: dict[str, Any], rank: int, world: int) -> None:  # fmt: skip
+def _flatten_optimizer(
+    name: str, optimizer: torch.optim.Optimizer, names: Mapping[int, str], gathered: _Gathered
+) -> dict[str, Any]:
+    """The JSON value of an optimizer; its tensors are gathered."""
+    if "ZeroRedundancyOptimizer" in {kind.__name__ for kind in type(optimizer).__mro__}:  # its import is costly
+        raise UnsupportedState(
+            f"{name}: ZeroRedundancyOptimizer keeps other state on each rank under the same names "
+            "(use fully_shard, or a plain optimizer)"
+        )
     state: dict[str, dict[str, Any]] = {}
     nested: dict[str, torch.Tensor] = {}
+    known: set[Any] = set()
     for label, parameter, _ in _labelled_parameters(optimizer, names):
+        known.add(parameter)
         for key, value in optimizer.state.get(parameter, {}).items():
             path = f"{name}/state/{label}/{key}"
+            if not isinstance(key, str) or "/" in key:
+                raise UnsupportedState(f"{path}: the key {key!r} of an optimizer's state (use a string without a slash)")
             if isinstance(value, torch.Tensor):
-                tensors[path] = describe(path, value, rank, world)
+                gathered.add(path, value)
             else:
-                state.setdefault(label, {})[key] = _encode(value, path, nested)
+                state.setdefault(label, {})[key] = encode(value, path, nested)
+    for key in optimizer.state.keys() - known:
+        found = f"a parameter of shape {list(key.shape)}" if isinstance(key, torch.Tensor) else repr(key)
+        raise UnsupportedState(
+            f"{name}/state: holds something for {found}, which is in none of its parameter groups "
+            "(remove it, or keep it in an object of its own)"
+        )
     groups = []
     for i, (group, labels) in enumerate(zip(optimizer.param_groups, _group_labels(optimizer, names), strict=True)):
         values = {key: value for key, value in group.items() if key != "params"}
-        groups.append({"params": labels, **_encode(values, f"{name}/param_groups/{i}", nested)})
+        if not all(isinstance(key, str) and not key.startswith("$") for key in values):
+            raise UnsupportedState(f"{name}/param_groups/{i}: a key that is no plain string among {list(values)}")
+        groups.append({"params": labels, **encode(values, f"{name}/param_groups/{i}", nested)})
     for path, tensor in nested.items():
-        tensors[path] = describe(path, tensor, rank, world)
-    scalars[name] = {"param_groups": groups, "state": state}
-
-
-def _replica(coordinate: Sequence[int], shape: tuple[int, ...], placements: tuple[Any, ...]) -> tuple[int, int]:
-    """(index, count) of this rank among those that hold the same box: the mesh dimensions that replicate."""
-    index, count = 0, 1
-    for place, size, where in zip(placements, shape, coordinate, strict=False):
-        if isinstance(place, Replicate):
-            index, count = index * size + where, count * size
-    return index, count
+        gathered.add(path, tensor)
+    return {"param_groups": groups, "state": state}
 
 
 def _state_dict_of(name: str, value: Any) -> Any:
     if not hasattr(value, "state_dict") or not hasattr(value, "load_state_dict"):
         raise UnsupportedState(f"{name}: {type(value).__name__} has no state_dict/load_state_dict (give it both)")
     return value.state_dict()
-
-
-def _encode(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
-    """JSON form of a nested value, its tensors put into `tensors` by path.
-
-    `$tensor`, `$tuple`, `$items` (a mapping with other keys than strings), `$counter` and `$float` (infinities and NaN)
-    mark what JSON has no form for.
-    """
-    match value:
-        case None | bool() | str():
-            return value
-        case np.bool_():
-            return bool(value)
-        case int() | np.integer():
-            return int(value)
-        case float() | np.floating():
-            return float(value) if math.isfinite(value) else {"$float": str(float(value))}
-        case torch.Tensor():
-            while path in tensors:  # {1: ..., "1": ...}
-                path += "'"
-            tensors[path] = value
-            return {"$tensor": path}
-        case list():
-            return [_encode(item, f"{path}/{i}", tensors) for i, item in enumerate(value)]
-        case tuple():
-            return {"$tuple": [_encode(item, f"{path}/{i}", tensors) for i, item in enumerate(value)]}
-        case Counter():
-            return {"$counter": [[_encode(k, path, tensors), _encode(v, path, tensors)] for k, v in value.items()]}
-        case Mapping():
-            if all(isinstance(key, str) and not key.startswith("$") for key in value):
-                return {key: _encode(item, f"{path}/{key}", tensors) for key, item in value.items()}
-            pairs = [[_encode(k, path, tensors), _encode(v, f"{path}/{k}", tensors)] for k, v in value.items()]
-            return {"$items": pairs}
-        case _:
-            raise UnsupportedState(
-                f"{path}: a {type(value).__name__} cannot be stored without pickle "
-                "(keep tensors, numbers, strings, lists and mappings of them in state_dict)"
-            )
-
-
-def _decode(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
-    match value:
-        case {"$tensor": path}:
-            return tensors[path]
-        case {"$tuple": items}:
-            return tuple(_decode(item, tensors) for item in items)
-        case {"$float": text}:
-            return float(text)
-        case {"$counter": pairs}:
-            return Counter({_decode(key, tensors): _decode(count, tensors) for key, count in pairs})
-        case {"$items": pairs}:
-            return {_decode(key, tensors): _decode(item, tensors) for key, item in pairs}
-        case dict():
-            return {key: _decode(item, tensors) for key, item in value.items()}
-        case list():
-            return [_decode(item, tensors) for item in value]
-        case _:
-            return value
-
-
-def _tensors_in(value: Any) -> Iterator[str]:
-    """Paths of the tensors that an encoded value refers to."""
-    match value:
-        case {"$tensor": path}:
-            yield path
-        case dict():
-            for item in value.values():
-                yield from _tensors_in(item)
-        case list():
-            for item in value:
-                yield from _tensors_in(item)
