@@ -147,6 +147,7 @@ class Context:
             restored = restore(self._a, objects, self._token, self._store, self._link)
             step = self._a.origin.version.step
             self._link.record(restored)
+        flatten(objects, rank=self._a.rank, world=self._a.world)  # what can't be saved is refused now, not hours later
         self._control.finish_step(step)
         if self._a.rank == 0 and self._data is not None:
             self._link.record(self._opened(self._data))

@@ -219,7 +219,7 @@ class Target:
 
     def _want_loose(self, name: str, present: Mapping[str, torch.Tensor]) -> None:
         """Tensors inside an object's JSON value: like the one the object has at that place now, if it has."""
-        for path in tensors_in(self._scalars.get(name)):
+        for path in dict.fromkeys(tensors_in(self._scalars.get(name))):
             box = self._saved.box(path)
             like = present.get(path)
             if like is not None and tuple(like.shape) == box.global_shape:
