@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import overhead, program, ray_train_peer, recovery
+from benchmarks import overhead, program, ray_train_peer, recovery, save
 from benchmarks.kills import Case, Measured
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("name", ["recovery", "overhead"])
+@pytest.mark.parametrize("name", ["recovery", "overhead", "save"])
 def test_each_benchmark_says_its_question_when_asked_for_help(name: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", f"benchmarks.{name}", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60
@@ -59,11 +59,31 @@ def test_quick_kills_a_worker_and_a_node_at_200_mb_only() -> None:
 
 
 def test_overhead_counts_every_second_of_every_round() -> None:
-    bare, slower = [[1.0, 1.0], [1.0, 1.0]], [[1.0, 1.0], [1.0, 2.0]]
+    bare = [overhead.Turn([1.0, 1.0], 2.0), overhead.Turn([1.0, 1.0], 2.0)]
+    slower = [overhead.Turn([1.0, 1.0], 2.0), overhead.Turn([1.0, 2.0], 2.2)]
     taken = {overhead.BARE: bare, "off": bare, "memory": slower, "all": slower}
     found = json.loads(json.dumps(overhead.result({"10 MB": taken})))
     assert (found["off_ratio"], found["memory_ratio"], found["all_ratio"], found["step_s"]) == (1.0, 1.25, 1.25, 1.0)
-    assert found["sizes"]["10 MB"]["memory"]["rounds"] == [1.0, 1.5]
+    memory = found["sizes"]["10 MB"]["memory"]
+    assert memory["rounds"] == [1.0, 1.5]
+    assert memory["cpu_ratio"] == pytest.approx(1.05)
+
+
+def test_what_is_saved_is_of_every_size_and_of_the_size_asked_for() -> None:
+    state = save.make_state(300 * 2**20)
+    sizes = sorted(tensor.nbytes for tensor in state.values())
+    assert sum(sizes) == pytest.approx(300 * 2**20, rel=1e-3)
+    assert sizes[0] < 100_000
+    assert sizes[-1] > 10 * 2**20
+
+
+def test_a_first_save_has_a_figure_of_its_own() -> None:
+    def one(stall_s: float) -> dict[str, float]:
+        return {"stall_s": stall_s, "durable_s": 1.0, "lost_s": 0.5}
+
+    told = [{"saves": [one(9.0), one(1.0), one(2.0), one(3.0)], "peak_bytes": 10, "cpu_s": 0.1}]
+    found = save.sum_up(told)
+    assert (found["first_stall_s"], found["stall_s"]) == (9.0, 2.0)
 
 
 def test_the_peers_recovery_counts_only_steps_done_by_a_whole_group_begun_after_the_kill() -> None:
