@@ -8,6 +8,7 @@ length make one Read: whole rows along dim 0 are a single run, a cut along anoth
 from __future__ import annotations
 
 import bisect
+import functools
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,6 +16,10 @@ from dataclasses import dataclass, replace
 
 from ray_dr.errors import CheckpointError
 from ray_dr.model.checkpoint import DTYPE_BYTES, Box, Chunk, Part, Shard
+
+Described = tuple[tuple[int, tuple[Shard, ...]], ...]
+PLANS_KEPT = 4
+"""Plans remembered: a process restores the same state again after a failure elsewhere."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +55,22 @@ class Index:
 
 
 def build_index(parts: Iterable[Part]) -> Index:
-    """The index over the parts of one version."""
+    """The index over the parts of one version. Equal descriptions give the very same index."""
+    return _index(_described(parts))
+
+
+@functools.lru_cache(PLANS_KEPT)
+def _index(described: Described) -> Index:
     found: dict[str, list[tuple[int, Shard]]] = {}
-    for part in sorted(parts, key=lambda part: part.rank):
-        for shard in part.shards:
-            found.setdefault(shard.box.name, []).append((part.rank, shard))
+    for rank, shards in described:
+        for shard in shards:
+            found.setdefault(shard.box.name, []).append((rank, shard))
     return Index({name: tuple(found[name]) for name in sorted(found)})
+
+
+def _described(parts: Iterable[Part]) -> Described:
+    """What planning depends on: it stays the same from version to version, while chunks and steps change."""
+    return tuple(sorted(((part.rank, part.shards) for part in parts), key=lambda pair: pair[0]))
 
 
 def compare(index: Index, wanted: Iterable[Box]) -> tuple[str, ...]:
@@ -76,10 +91,16 @@ def compare(index: Index, wanted: Iterable[Box]) -> tuple[str, ...]:
 def plan_restore(parts: Sequence[Part], wanted: Iterable[Box]) -> tuple[Read, ...]:
     """The reads that fill every wanted box, grouped by part and sorted by place in its stream.
 
-    Raises CheckpointError when a wanted box is not covered exactly once by the saved ones.
+    The same descriptions and boxes give the very same reads, without planning anew. Raises CheckpointError when a wanted
+    box is not covered exactly once by the saved ones.
     """
-    index = build_index(parts)
-    reads = [read for box in dict.fromkeys(wanted) for read in _fill(index, box)]
+    return _plan(_described(parts), tuple(dict.fromkeys(wanted)))
+
+
+@functools.lru_cache(PLANS_KEPT)
+def _plan(described: Described, wanted: tuple[Box, ...]) -> tuple[Read, ...]:
+    index = _index(described)
+    reads = [read for box in wanted for read in _fill(index, box)]
     reads.sort(key=lambda read: (read.rank, read.start, read.into))
     return tuple(_merge(reads))
 
@@ -113,6 +134,10 @@ def clip(read: Read, first: int, last: int) -> tuple[Read, ...]:
     """The bytes of a read that lie in [first, last) of the stream: whole runs as one read, cut runs as their own."""
     if first <= read.start and read.end <= last:
         return (read,)
+    if read.count == 1:
+        begin, end = max(read.start, first), min(read.end, last)
+        into = read.into + begin - read.start
+        return (Read(read.rank, begin, end - begin, read.target, into),) if begin < end else ()
     stride = read.stride or read.size
     low = min(max(-(-(first - read.start) // stride), 0), read.count)
     high = max(min((last - read.start - read.size) // stride + 1, read.count), low)

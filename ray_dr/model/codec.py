@@ -12,19 +12,24 @@ import enum
 import functools
 import types
 import typing
-from collections.abc import Mapping
-from typing import Any, TypeVar, Union, get_args, get_origin
+from collections.abc import Callable, Mapping
+from typing import Any, Union, get_args, get_origin
 
-T = TypeVar("T")
+PLAIN = (str, int, float, bool, types.NoneType)
 
 
 def to_json(value: Any, *, tagged: bool = False) -> Any:
     """JSON form of a value. `tagged` adds the class name, for a union's member at top level."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        hints = _hints(type(value))
-        out: dict[str, Any] = {"type": type(value).__name__} if tagged else {}
-        for field in dataclasses.fields(value):
-            out[field.name] = _field_to_json(getattr(value, field.name), hints[field.name])
+    kind = type(value)
+    if kind in PLAIN:
+        return value
+    if kind in (tuple, list):
+        return [to_json(item, tagged=tagged) for item in value]
+    if dataclasses.is_dataclass(kind):
+        out: dict[str, Any] = {"type": kind.__name__} if tagged else {}
+        for name, union in _fields(kind):
+            item = getattr(value, name)
+            out[name] = item if type(item) in PLAIN else to_json(item, tagged=union)
         return out
     if isinstance(value, enum.Enum):
         return value.value
@@ -40,39 +45,55 @@ def from_json(kind: Any, data: Any) -> Any:
 
     Raises ValueError naming the field when the data does not fit.
     """
-    origin = get_origin(kind)
+    return _reader(kind)(data)
+
+
+@functools.cache
+def _reader(kind: Any) -> Callable[[Any], Any]:
+    """What turns JSON data into a `kind`: found once for each type, because a part list has 100 000 chunks."""
+    origin, arms = get_origin(kind), get_args(kind)
     if kind is Any or kind is None or kind is types.NoneType or kind is object:
-        return data
+        return lambda data: data
     if origin in (Union, types.UnionType):
-        return _union_from_json(get_args(kind), data)
+        return lambda data: _union_from_json(arms, data)
     if origin is tuple:
-        return _tuple_from_json(get_args(kind), data)
+        return _tuple_reader(arms)
     if origin in (list, frozenset):
-        return origin(from_json(get_args(kind)[0], item) for item in data)
+        return lambda data: origin(map(_reader(arms[0]), data))
     if origin in (dict, Mapping) or (origin is not None and isinstance(origin, type) and issubclass(origin, Mapping)):
-        return {key: from_json(get_args(kind)[1], item) for key, item in data.items()}
+        return lambda data: {key: _reader(arms[1])(item) for key, item in data.items()}
     if origin is typing.Literal:
-        return _literal_from_json(get_args(kind), data)
+        return lambda data: _literal_from_json(arms, data)
     if isinstance(kind, typing.NewType):
-        return from_json(kind.__supertype__, data)
+        return _reader(kind.__supertype__)
     if isinstance(kind, type) and issubclass(kind, enum.Enum):
-        return kind(data)
+        return kind
     if dataclasses.is_dataclass(kind):
-        return _dataclass_from_json(kind, data)
+        return lambda data: _dataclass_from_json(kind, data)
+    if isinstance(kind, type):
+        return lambda data: _checked(kind, data)
+    return lambda data: data
+
+
+def _checked(kind: type, data: Any) -> Any:
     if kind is float and isinstance(data, int):
         return float(data)
-    if isinstance(kind, type) and not isinstance(data, kind):
+    if not isinstance(data, kind):
         raise ValueError(f"expected {kind.__name__}, found {type(data).__name__}")
     return data
 
 
-def _field_to_json(value: Any, hint: Any) -> Any:
-    return to_json(value, tagged=_holds_union(hint))
+@functools.cache
+def _fields(kind: type) -> tuple[tuple[str, bool], ...]:
+    """(name, whether its type is a union of dataclasses) of each field."""
+    hints = typing.get_type_hints(kind)
+    return tuple((field.name, _holds_union(hints[field.name])) for field in dataclasses.fields(kind))
 
 
 @functools.cache
-def _hints(kind: type) -> dict[str, Any]:
-    return typing.get_type_hints(kind)
+def _readers(kind: type) -> dict[str, Callable[[Any], Any]]:
+    hints = typing.get_type_hints(kind)
+    return {field.name: _reader(hints[field.name]) for field in dataclasses.fields(kind)}
 
 
 def _holds_union(hint: Any) -> bool:
@@ -100,12 +121,16 @@ def _union_from_json(arms: tuple[Any, ...], data: Any) -> Any:
     raise ValueError(f"no member of the union fits {data!r}")
 
 
-def _tuple_from_json(arms: tuple[Any, ...], data: Any) -> tuple[Any, ...]:
+def _tuple_reader(arms: tuple[Any, ...]) -> Callable[[Any], tuple[Any, ...]]:
     if len(arms) == 2 and arms[1] is Ellipsis:
-        return tuple(from_json(arms[0], item) for item in data)
-    if len(arms) != len(data):
-        raise ValueError(f"expected {len(arms)} items, found {len(data)}")
-    return tuple(from_json(arm, item) for arm, item in zip(arms, data, strict=True))
+        return lambda data: tuple(map(_reader(arms[0]), data))
+
+    def read(data: Any) -> tuple[Any, ...]:
+        if len(arms) != len(data):
+            raise ValueError(f"expected {len(arms)} items, found {len(data)}")
+        return tuple(from_json(arm, item) for arm, item in zip(arms, data, strict=True))
+
+    return read
 
 
 def _literal_from_json(allowed: tuple[Any, ...], data: Any) -> Any:
@@ -117,15 +142,15 @@ def _literal_from_json(allowed: tuple[Any, ...], data: Any) -> Any:
 def _dataclass_from_json(kind: Any, data: Any) -> Any:
     if not isinstance(data, Mapping):
         raise ValueError(f"{kind.__name__}: expected an object, found {type(data).__name__}")
-    hints = _hints(kind)
-    names = {field.name for field in dataclasses.fields(kind)}
-    unknown = set(data) - names - {"type"}
-    if unknown:
-        raise ValueError(f"{kind.__name__}: unknown fields {sorted(unknown)}")
+    readers = _readers(kind)
     values = {}
-    for name in names & set(data):
+    for name, item in data.items():
+        if name not in readers:
+            if name == "type":
+                continue
+            raise ValueError(f"{kind.__name__}: unknown fields {sorted(set(data) - readers.keys() - {'type'})}")
         try:
-            values[name] = from_json(hints[name], data[name])
+            values[name] = readers[name](item)
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{kind.__name__}.{name}: {error}") from error
     try:

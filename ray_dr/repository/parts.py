@@ -14,8 +14,8 @@ from ray_dr.stores.base import Store
 
 
 def encode_part(part: Part) -> bytes:
-    """The object's bytes: JSON with sorted keys, UTF-8, the same for equal parts."""
-    return json.dumps(to_json(part), sort_keys=True, separators=(",", ":")).encode()
+    """The object's bytes: JSON in ASCII, the mappings of the state in their own order."""
+    return json.dumps(to_json(part), separators=(",", ":")).encode()
 
 
 def write_part(store: Store, job: str, part: Part, *, term: int, base: str = "") -> PartRef:

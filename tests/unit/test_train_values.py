@@ -19,8 +19,11 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import lr_scheduler
 
+from ray_dr.checkpoint.described import describe, parse
 from ray_dr.checkpoint.save_plan import plan_save
 from ray_dr.errors import CheckpointError, UnsupportedState
+from ray_dr.repository.parts import read_part, write_part
+from ray_dr.stores.memory import MemoryStore
 from ray_dr.train.state import flatten
 from ray_dr.train.values import decode, encode
 from tests.unit.test_train_state import Bag, Buffers, load, save, tensors_of
@@ -118,6 +121,14 @@ def test_mappings_keep_their_order_and_ordered_ones_become_dicts() -> None:
     assert list(back["a"]) == ["y", "b"]
     assert back["d"] == {3: 4}
     assert type(back["c"]) is Counter
+
+
+def test_the_order_of_a_mapping_survives_a_store_and_the_wire() -> None:
+    ((part, _),) = save({"bag": Bag({"z": 1, "a": {"y": 2, "b": 3}})})
+    store = MemoryStore()
+    for back in (read_part(store, write_part(store, "job", part, term=1)), parse(json.loads(json.dumps(describe(part))))):
+        assert back == part
+        assert json.dumps(back.scalars) == '{"bag": {"z": 1, "a": {"y": 2, "b": 3}}}'
 
 
 def test_a_tensor_in_two_places_is_stored_once_and_one_again_when_loaded() -> None:
