@@ -280,8 +280,7 @@ def _module_tensors(name: str, module: nn.Module) -> dict[str, torch.Tensor]:
             place = f"{name}/{prefix}" if prefix else name
             raise UnsupportedState(f"{place}: FullyShardedDataParallel keeps its tensors in flat pieces that say neither "
                                    "name nor place (use torch.distributed.fsdp.fully_shard)")  # fmt: skip
-    state: dict[str, torch.Tensor] = unwrap(module).state_dict()
-    value: object
+    state: dict[str, Any] = unwrap(module).state_dict()
     for key, value in state.items():
         if not isinstance(value, torch.Tensor):
             found = type(value).__name__
