@@ -32,6 +32,7 @@ from urllib.parse import quote, unquote, urlsplit
 
 from ray_dr.errors import AccessDenied, ConfigError, StoreError, StoreFull
 from ray_dr.model.job import Every, Job, MemoryTier, Recovery, StoreTier, Workers
+from ray_dr.stores.base import Traits
 from ray_dr.yaml_text import Place, Setting, compose, describe, short
 
 T = TypeVar("T")
@@ -62,12 +63,13 @@ def parse(text: str, file: str = "job.yaml") -> Job:
     return _parse(text, file)[0]
 
 
-def check_store(job: Job, path: str | Path | None = None) -> None:
-    """Nothing, when the job's store can be read and written now. Raises ConfigError; with `path` it names the line."""
+def check_store(job: Job, path: str | Path | None = None) -> Traits:
+    """What the job's store was found to guarantee. Raises ConfigError when it can't be read and written now; with `path`
+    it names the line."""
     from ray_dr.stores.open import open_store, probe
 
     try:
-        probe(open_store(job.store.url))
+        return probe(open_store(job.store.url))
     except StoreError as error:
         place = _parse(_read(path), str(path))[1] if path is not None else Place("", 0, "store")
         raise ConfigError(

@@ -8,6 +8,7 @@
     │   ├── AccessDenied       credentials are missing, wrong or too weak
     │   ├── StoreFull          no space or quota left
     │   ├── ObjectTooShort     an object ends before the bytes that were asked for
+    │   ├── BrokenPromise      a check found a store to do other than its interface says
     │   └── StoreUnavailable   unreachable, timed out, throttled, 5xx     (retryable)
     ├── CheckpointError        a checkpoint cannot be used
     │   ├── CorruptChunk       bytes do not match their hash
@@ -64,6 +65,10 @@ class StoreFull(StoreError):
 
 class ObjectTooShort(StoreError):
     """An object ends before the bytes that were asked for: truncated, or not what it was taken for."""
+
+
+class BrokenPromise(StoreError):
+    """A check found a store to do other than its interface says."""
 
 
 class StoreUnavailable(StoreError):

@@ -21,6 +21,7 @@ from ray_dr.errors import ClusterError, ConfigError, JobFailed
 from ray_dr.model import codec
 from ray_dr.model.job import Job
 from ray_dr.model.recovery import Failed, Finished
+from ray_dr.stores.unconditional import GUARANTEE
 
 PIECE_BYTES = 64 * 1024
 """Ray keeps arguments below 100 KB with the actor itself, for a restart elsewhere; larger ones die with the driver."""
@@ -55,8 +56,10 @@ def run(train: Callable[[Any], None], job: str | Path | Job, *, quiet: bool = Fa
     Raises ConfigError before anything starts; JobFailed with the cause when the job fails.
     """
     spec = job if isinstance(job, Job) else config.load(job)
-    config.check_store(spec, None if isinstance(job, Job) else job)
+    traits = config.check_store(spec, None if isinstance(job, Job) else job)
     say = _silent if quiet else _print
+    if not traits.conditional_put:
+        say(f"job {spec.name}: WARNING: about the store {spec.store.url}: {GUARANTEE}")
     if config.store_is_default(spec):
         say(f"job {spec.name}: no store is given, checkpoints go to the local directory {spec.store.url}")
     connect()

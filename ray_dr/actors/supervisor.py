@@ -63,7 +63,8 @@ from ray_dr.recovery.groups import group_of
 from ray_dr.recovery.machine import initial, step
 from ray_dr.recovery.policy import policy_of
 from ray_dr.repository.commit import CommitLog
-from ray_dr.stores.open import open_store
+from ray_dr.stores.open import open_store, proven
+from ray_dr.stores.unconditional import GUARANTEE
 from ray_dr.telemetry.journal import Journal, last_attempt
 
 TICK_S = 0.1
@@ -107,7 +108,7 @@ class Host:
         self._seq = 0
         self._over = threading.Event()
         self._paced_at = 0.0
-        self.store = open_store(job.store.url)
+        self.store = proven(open_store(job.store.url))
         self.log = CommitLog(self.store, job.name)
         self.term = self.log.take_term(f"{platform.node()}:{os.getpid()}", time.time())
         self.stored = self.log.checkpoints()
@@ -223,6 +224,8 @@ class Host:
         self.journal.append(
             JobOpened(time.time(), self.term, self.job.name, spec, platform.python_version(), ray.__version__)
         )
+        if not self.store.traits.conditional_put:
+            self.note("store.weaker", store=self.store.url, guarantee=GUARANTEE)
         attempt = last_attempt(self.store, self.job.name)
         attempt = max([attempt, *(manifest.version.attempt for manifest in self.stored)])
         found = self.perform.find_living()

@@ -27,6 +27,8 @@ class Traits:
     durable: bool
     shared: bool
     """Readable from every node of the cluster."""
+    parts_from_bytes: int = 0
+    """An unconditional put of this size or more goes up in parts; 0: always in one piece."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,29 +10,30 @@ Each takes `?key=env:NAME`, `?key=file:/path` or `?key=kms:<id>`: its objects ar
 from __future__ import annotations
 
 import dataclasses
-import threading
+import functools
 import uuid
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from urllib.parse import SplitResult, parse_qsl, unquote, urlencode, urlsplit
 
-from ray_dr.errors import AlreadyExists, StoreError
+from ray_dr.errors import StoreError
 from ray_dr.stores.base import Store, Traits
+from ray_dr.stores.checks import PUT_IF_ABSENT, own_folder
+from ray_dr.stores.examine import reach, try_out
 from ray_dr.stores.retrying import Retrying
-
-RACERS = 8
-RACES = 3
+from ray_dr.stores.unconditional import Unconditional
 
 
-def open_store(url: str) -> Store:
-    """The store at `url`. Raises StoreError, saying what to write instead, for a URL that names none."""
+def open_store(url: str, *, part_bytes: int | None = None) -> Store:
+    """The store at `url`. Raises StoreError, saying what to write instead, for a URL that names none.
+
+    part_bytes   parts of that size, for objects of twice as much and more, where the store has parts (S3: 5 MiB at least)
+    """
     if "://" not in url:
         return _open_file(urlsplit(f"file://{_absolute(url)}"), {})
     parts = urlsplit(url)
     makers: dict[str, Callable[[SplitResult, dict[str, str]], Store]] = {
         "file": _open_file,
-        "s3": _open_s3,
+        "s3": functools.partial(_open_s3, part_bytes=part_bytes),
         "memory": _open_memory,
     }
     if parts.scheme not in makers:
@@ -72,62 +73,25 @@ def _seal(store: Store, source: str) -> Store:
 
 
 def probe(store: Store) -> Traits:
-    """The store's traits, tried out: reachable, writable, readable, and put-if-absent has one winner, also in a race.
+    """The store's traits, tried out: it takes and gives back, and whether put-if-absent has one winner, also in a race.
 
-    Writes and removes a few objects below `probe/`. Raises AccessDenied, StoreUnavailable, ... as the store does;
-    StoreError when put-if-absent is not conditional, because two supervisors could then both believe to own a job.
+    Takes some ten round trips; writes and removes a few objects below `probe/`. `conditional_put` is what was seen, not
+    what the server claims. Raises AccessDenied, StoreUnavailable, ... as the store does; BrokenPromise when it does not
+    give back what was put.
     """
     refuse_locked(store)
-    prefix = f"probe/{uuid.uuid4().hex}"
-    try:
-        _check_round_trip(store, f"{prefix}/object")
-        _check_conditional(store, f"{prefix}/once")
-        for number in range(RACES):
-            _check_race(store, f"{prefix}/race-{number}")
-    finally:
-        _remove(store, prefix)
-    return dataclasses.replace(store.traits, conditional_put=True)
+    with own_folder(store, f"probe/{uuid.uuid4().hex}") as (inside, folder):
+        reach(inside, f"{folder}/reached")
+        conditional = all(try_out(check, inside, f"{folder}/{check.run.__name__}").holds for check in PUT_IF_ABSENT)
+    return dataclasses.replace(store.traits, conditional_put=conditional)
 
 
-def _check_round_trip(store: Store, key: str) -> None:
-    store.put(key, b"ray_dr")
-    if store.get(key) != b"ray_dr" or [entry.key for entry in store.list(key)] != [key]:
-        raise StoreError(f"{store.url} does not give back what was just stored there; use a consistent store", key=key)
+def proven(store: Store) -> Store:
+    """The store as its probe finds it: itself, or without conditional writes `Unconditional`, whose traits say so.
 
-
-def _check_conditional(store: Store, key: str) -> None:
-    store.put(key, b"first", if_absent=True)
-    with suppress(AlreadyExists):
-        store.put(key, b"second", if_absent=True)
-        raise _not_conditional(store, "overwrites")
-
-
-def _check_race(store: Store, key: str) -> None:
-    together = threading.Barrier(RACERS)
-
-    def race(number: int) -> bool:
-        together.wait()
-        try:
-            store.put(key, f"racer {number}".encode(), if_absent=True)
-        except AlreadyExists:
-            return False
-        return True
-
-    with ThreadPoolExecutor(RACERS) as pool:
-        winners = sum(pool.map(race, range(RACERS)))
-    if winners != 1:
-        raise _not_conditional(store, f"lets {winners} of {RACERS} racing writers win")
-
-
-def _not_conditional(store: Store, how: str) -> StoreError:
-    remedy = "use a server with conditional writes (AWS S3, Ceph), an unversioned bucket, or a directory"
-    return StoreError(f"{store.url} {how} on put-if-absent (If-None-Match: *), so commits would not be safe; {remedy}")
-
-
-def _remove(store: Store, prefix: str) -> None:
-    with suppress(StoreError):  # what the probe found is the news, not that it can't clean up
-        for entry in list(store.list(f"{prefix}/")):
-            store.delete(entry.key)
+    For those who commit. Raises as `probe` does.
+    """
+    return store if probe(store).conditional_put else Unconditional(store)
 
 
 def _absolute(path: str) -> str:
@@ -146,7 +110,7 @@ def _open_file(parts: SplitResult, options: dict[str, str]) -> Store:
     return FileStore(unquote(parts.path), shared=options.get("shared", "false") == "true")
 
 
-def _open_s3(parts: SplitResult, options: dict[str, str]) -> Store:
+def _open_s3(parts: SplitResult, options: dict[str, str], *, part_bytes: int | None) -> Store:
     from ray_dr.stores.s3 import Bucket, S3Store
 
     _check_options(parts, options, {"endpoint", "region", "payload"})
@@ -161,6 +125,8 @@ def _open_s3(parts: SplitResult, options: dict[str, str]) -> Store:
         region=options.get("region"),
         sign_payload=options.get("payload") == "signed",
     )
+    if part_bytes is not None:
+        bucket = dataclasses.replace(bucket, part_bytes=part_bytes, parts_from_bytes=2 * part_bytes)
     return Retrying(S3Store(bucket))
 
 

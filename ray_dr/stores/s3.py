@@ -46,6 +46,8 @@ class Bucket:
 
     endpoint      another server than AWS, e.g. http://127.0.0.1:9000; addressed by path
     sign_payload  hash each body for the signature: for servers that refuse UNSIGNED-PAYLOAD; about 0.9 cpu-s/GB
+    part_bytes    size of a part of a multipart upload (S3 takes 5 MiB and more)
+    parts_from_bytes    puts of this size or more, unless conditional, are multipart uploads
     """
 
     name: str
@@ -53,6 +55,8 @@ class Bucket:
     endpoint: str | None = None
     region: str | None = None
     sign_payload: bool = False
+    part_bytes: int = PART_BYTES
+    parts_from_bytes: int = MULTIPART_FROM_BYTES
 
 
 class S3Store:
@@ -66,7 +70,9 @@ class S3Store:
 
     @property
     def traits(self) -> Traits:
-        return Traits(conditional_put=True, durable=True, shared=True)
+        """As S3 has it. Servers differ in `conditional_put`: `stores.open.probe` finds out."""
+        parts_from_bytes = self._bucket.parts_from_bytes
+        return Traits(conditional_put=True, durable=True, shared=True, parts_from_bytes=parts_from_bytes)
 
     @property
     def url(self) -> str:
@@ -75,7 +81,7 @@ class S3Store:
     def put(self, key: str, data: Buffer, *, if_absent: bool = False) -> None:
         view = memoryview(data).cast("B")
         name = self._name(key)
-        if view.nbytes >= MULTIPART_FROM_BYTES and not if_absent:
+        if view.nbytes >= self._bucket.parts_from_bytes and not if_absent:
             self._put_in_parts(name, view, key)
             return
         if view.nbytes > ONE_PUT_MAX_BYTES:
@@ -162,7 +168,7 @@ class S3Store:
                 raise
 
     def _send_parts(self, place: dict[str, str], upload: str, view: memoryview) -> Sequence[dict[str, object]]:
-        size = max(PART_BYTES, -(-view.nbytes // 10_000))
+        size = max(self._bucket.part_bytes, -(-view.nbytes // 10_000))
 
         def send(number: int) -> dict[str, object]:
             piece = view[(number - 1) * size : number * size]

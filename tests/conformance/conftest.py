@@ -22,9 +22,11 @@ from ray_dr.stores.memory import MemoryStore
 from ray_dr.stores.open import open_store
 from ray_dr.stores.retrying import Retry, Retrying
 from tests.s3_server import S3Server
+from tests.servers.ceph import NotAvailable, RadosGateway
 
 ROOT = Path(__file__).resolve().parents[2]
-KINDS = ("memory", "file", "sealed", "faulty", "s3", "moto")
+PART_BYTES = 5 * 2**20
+KINDS = ("memory", "file", "sealed", "faulty", "s3", "moto", pytest.param("ceph", marks=pytest.mark.slow))
 
 
 @pytest.fixture(scope="session")
@@ -53,6 +55,20 @@ def moto_endpoint() -> Iterator[str]:
         server.wait(10)
 
 
+@pytest.fixture(scope="session")
+def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RadosGateway]:
+    """Ceph's S3 gateway: the real thing, where Debian's packages are."""
+    server = RadosGateway(tmp_path_factory.mktemp("ceph"))
+    try:
+        server.__enter__()
+    except NotAvailable as error:
+        pytest.skip(str(error))
+    try:
+        yield server
+    finally:
+        server.__exit__()
+
+
 @pytest.fixture(params=KINDS)
 def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
     match request.param:
@@ -68,7 +84,11 @@ def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
         case "s3":
             server = request.getfixturevalue("s3_server")
             _use(server.environment, monkeypatch)
-            return open_store(server.url(f"b-{uuid.uuid4().hex}"))
+            return open_store(server.url(f"b-{uuid.uuid4().hex}"), part_bytes=PART_BYTES)
+        case "ceph":
+            gateway = request.getfixturevalue("gateway")
+            _use(gateway.environment, monkeypatch)
+            return open_store(gateway.url(gateway.make_bucket(), "below/a-prefix"), part_bytes=PART_BYTES)
         case _:
             _use({"AWS_ACCESS_KEY_ID": "any", "AWS_SECRET_ACCESS_KEY": "any"}, monkeypatch)
             return _moto_store(request.getfixturevalue("moto_endpoint"))
@@ -89,7 +109,7 @@ def _moto_store(endpoint: str) -> Store:
 
     bucket = f"b-{uuid.uuid4().hex}"
     boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1").create_bucket(Bucket=bucket)
-    return open_store(f"s3://{bucket}/below/a-prefix?endpoint={endpoint}&region=us-east-1")
+    return open_store(f"s3://{bucket}/below/a-prefix?endpoint={endpoint}&region=us-east-1", part_bytes=PART_BYTES)
 
 
 def _use(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from ray_dr.errors import AccessDenied, StoreError, StoreUnavailable
+from ray_dr.errors import AccessDenied, BrokenPromise, StoreError, StoreUnavailable
 from ray_dr.stores.base import Buffer
 from ray_dr.stores.faulty import FaultyStore
 from ray_dr.stores.memory import MemoryStore, forget
-from ray_dr.stores.open import open_store, probe
+from ray_dr.stores.open import open_store, probe, proven
 
 
 def test_a_path_and_a_file_url_are_the_same_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,18 +71,23 @@ class Overwriting(MemoryStore):
     """Ignores the condition, as some servers do, but only in a race."""
 
     def put(self, key: str, data: Buffer, *, if_absent: bool = False) -> None:
-        super().put(key, data, if_absent=if_absent and "race" not in key)
+        super().put(key, data, if_absent=if_absent and "one_wins" not in key)
 
 
 def test_a_store_that_is_conditional_only_without_a_race_is_found_out() -> None:
     store = Overwriting()
-    with pytest.raises(StoreError, match="8 of 8"):
-        probe(store)
+    assert not probe(store).conditional_put
+    assert not proven(store).traits.conditional_put
     assert list(store.list("")) == []
+
+
+def test_a_sound_store_is_proven_as_it_is() -> None:
+    store = MemoryStore()
+    assert proven(store) is store
 
 
 def test_a_store_that_gives_back_other_bytes_is_found_out() -> None:
     store = FaultyStore(MemoryStore())
     store.flip("get", 0)
-    with pytest.raises(StoreError, match="give back"):
+    with pytest.raises(BrokenPromise, match="give back"):
         probe(store)

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 import pytest
 
 from ray_dr.errors import AccessDenied, AlreadyExists, StoreError, StoreFull, StoreUnavailable
-from ray_dr.stores import s3
 from ray_dr.stores.open import open_store, probe
 from ray_dr.stores.retrying import Retry, Retrying
 from ray_dr.stores.s3 import Bucket, S3Store
@@ -123,15 +122,15 @@ def test_a_signed_payload_is_accepted_too(server: S3Server) -> None:
     assert store.get("k", start=2_999_990) == b"x" * 10
 
 
-def test_a_failed_part_aborts_the_whole_upload(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(s3, "MULTIPART_FROM_BYTES", 8)
-    monkeypatch.setattr(s3, "PART_BYTES", 3)
-    store = bare(server)
+def test_a_failed_part_aborts_the_whole_upload(server: S3Server) -> None:
+    endpoint = f"http://127.0.0.1:{server.port}"
+    store = S3Store(Bucket("b", "p", endpoint, "us-east-1", part_bytes=3, parts_from_bytes=8))
     server.plan("503 SlowDown", method="PUT")
     with pytest.raises(StoreUnavailable):
         store.put("k", b"0123456789")
     assert (server.objects, server.uploads) == ({}, {})
-    retried(server).put("k", b"0123456789")
+    Retrying(store, Retry(), rng=random.Random(0), sleep=lambda _: None).put("k", b"0123456789")
+    assert [method for method, _ in server.requests].count("POST") == 3, "two uploads begun, one completed"
     assert store.get("k") == b"0123456789"
 
 
@@ -147,13 +146,20 @@ def test_many_keys_come_in_pages(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(server.requests) == 4
 
 
-def test_the_probe_refuses_a_server_that_ignores_conditions(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_probe_finds_out_a_server_that_ignores_conditions(monkeypatch: pytest.MonkeyPatch) -> None:
     with S3Server(conditional=False) as server:
         for name, value in server.environment.items():
             monkeypatch.setenv(name, value)
-        with pytest.raises(StoreError, match="put-if-absent"):
-            probe(open_store(server.url(f"b-{uuid.uuid4().hex}")))
+        store = open_store(server.url(f"b-{uuid.uuid4().hex}"))
+        assert store.traits.conditional_put, "what it claims"
+        assert not probe(store).conditional_put
         assert server.objects == {}
+
+
+def test_the_probe_finds_out_a_server_that_refuses_conditions(server: S3Server) -> None:
+    server.plan("501 NotImplemented", method="PUT", times=1000, contains="refuses_a_second")
+    server.plan("501 NotImplemented", method="PUT", times=1000, contains="one_wins_a_race")
+    assert not probe(open_store(server.url("b"))).conditional_put
 
 
 def test_the_url_holds_no_secret(server: S3Server) -> None:
