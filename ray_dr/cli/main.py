@@ -26,6 +26,7 @@ VERBS = {
     "replay": "Decide a job's past anew with this version's code and show what differs.",
     "data": "What a job's journal proves about its data.",
     "keys": "Change the key that opens an encrypted store, without touching its data.",
+    "store": "Whether a store keeps what the commits and the data rest on, and how fast it is.",
     "demo": "Lose a node in the middle of a step, on this machine, and compare with a run that did not.",
 }
 

@@ -4,6 +4,7 @@
     store.fail("put", times=2)                  # the next two puts raise StoreUnavailable, unapplied
     store.apply_then_fail("put")                # the next one is applied, and raises all the same
     hung = store.hang("get"); ...; hung.set()   # the next get waits until released
+    store.stale_list()                          # the next listing shows what is there now
     store.unavailable = True                    # everything raises, until it is set to False
 
 Faults are used up in the order in which they were planned; `calls` lists every call as (operation, key).
@@ -21,7 +22,7 @@ from ray_dr.errors import ObjectTooShort, StoreError, StoreFull, StoreUnavailabl
 from ray_dr.stores.base import Buffer, Entry, Store, Traits
 
 Operation = Literal["put", "get", "readinto", "list", "delete"]
-Kind = Literal["fail", "apply_then_fail", "hang", "slow", "truncate", "flip"]
+Kind = Literal["fail", "apply_then_fail", "hang", "slow", "truncate", "flip", "stale"]
 
 
 @dataclass(slots=True)
@@ -35,6 +36,8 @@ class Fault:
     error: type[StoreError] = StoreUnavailable
     amount: float = 0.0
     """slow: seconds. truncate: bytes left. flip: the byte whose lowest bit is flipped."""
+    seen: tuple[Entry, ...] = ()
+    """stale: what is listed."""
     released: threading.Event = field(default_factory=threading.Event)
 
 
@@ -80,6 +83,10 @@ class FaultyStore:
         """The next `times` calls move the bytes with the lowest bit of byte `at` flipped."""
         self._plan(Fault(operation, "flip", prefix, times, amount=at))
 
+    def stale_list(self, *, times: int = 1, prefix: str = "") -> None:
+        """The next `times` listings show what is there now, whatever is put and deleted until then."""
+        self._plan(Fault("list", "stale", prefix, times, seen=tuple(self._inner.list(prefix))))
+
     @property
     def traits(self) -> Traits:
         return self._inner.traits
@@ -113,6 +120,8 @@ class FaultyStore:
     def list(self, prefix: str) -> Iterator[Entry]:
         fault = self._before("list", prefix)
         entries = list(self._inner.list(prefix))
+        if fault and fault.kind == "stale":
+            entries = [entry for entry in fault.seen if entry.key.startswith(prefix)]
         yield from entries[: int(fault.amount)] if fault and fault.kind == "truncate" else entries
         _after(fault, prefix)
         if fault and fault.kind == "truncate":
