@@ -7,7 +7,8 @@ import pytest
 from ray_dr.errors import StoreError
 from ray_dr.stores.base import Store
 from ray_dr.stores.checks import CHECKS, Check
-from ray_dr.stores.open import probe, proven
+from ray_dr.stores.open import open_store, probe, proven
+from tests.servers.ceph import RadosGateway
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.run.__name__)
@@ -37,3 +38,14 @@ def test_a_probe_finds_it_sound_and_leaves_nothing_behind(store: Store) -> None:
     assert probe(store).conditional_put
     assert proven(store) is store
     assert list(store.list("")) == []
+
+
+@pytest.mark.slow
+def test_a_versioned_bucket_in_which_racing_writers_all_win_is_found_out(
+    gateway: RadosGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in gateway.environment.items():
+        monkeypatch.setenv(name, value)
+    store = open_store(gateway.url(gateway.make_bucket(versioned=True)))
+    assert not probe(store).conditional_put
+    assert not proven(store).traits.conditional_put
