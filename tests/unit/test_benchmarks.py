@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import overhead, program, ray_train_peer, recovery, save
+from benchmarks import overhead, program, ray_train_peer, recovery, save, stores
 from benchmarks.kills import Case, Measured
+from ray_dr.stores.memory import MemoryStore
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("name", ["recovery", "overhead", "save"])
+@pytest.mark.parametrize("name", ["recovery", "overhead", "save", "stores"])
 def test_each_benchmark_says_its_question_when_asked_for_help(name: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", f"benchmarks.{name}", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60
@@ -106,3 +107,26 @@ def test_a_gate_times_the_steps_of_its_turn_only(tmp_path: Path) -> None:
     times = json.loads((tmp_path / "all.0.1").read_text())
     assert len(times) == 3
     assert all(seconds >= 0 for seconds in times)
+
+
+def test_the_contestants_of_stores_move_the_same_bytes_and_their_ratio_is_to_the_fastest_raw_one(tmp_path: Path) -> None:
+    pieces = stores.make_pieces(2 * stores.CHUNK_BYTES)
+    assert pieces.source(0) != pieces.source(1)
+    contestants = {
+        stores.OURS: stores.of_store(MemoryStore(), pieces),
+        stores.RAW: stores.of_disk(tmp_path, pieces),
+        stores.MEMCPY: stores.of_memory(pieces),
+    }
+    taken = stores.compete(contestants, pieces, 1, 2)
+    assert {len(turns.wall_s) for each in taken.values() for turns in each.values()} == {1}
+    made = {name: stores.Turns([seconds], [1.0]) for name, seconds in
+            ((stores.OURS, 2.0), (stores.PLAIN, 5.0), (stores.TUNED, 1.0), (stores.MEMCPY, 0.1))}  # fmt: skip
+    found = json.loads(json.dumps(stores.result({("s3", 4, "put"): made}, 100)))
+    assert (found["s3_put_ratio"], found["s3_put_s"], found["s3_raw_put_s"], found["memcpy_s"]) == (0.5, 2.0, 1.0, 0.1)
+
+
+def test_a_contestant_of_stores_that_gives_other_bytes_is_not_measured() -> None:
+    pieces = stores.make_pieces(stores.CHUNK_BYTES)
+    liar = {stores.OURS: {"put": stores.nothing, "get": stores.nothing}}
+    with pytest.raises(AssertionError, match="other bytes"):
+        stores.compete(liar, pieces, 1, 1)
