@@ -43,4 +43,4 @@ test: test-fast
 	$(BIN)/python -m pytest -m ray
 
 clean:
-	rm -rf $(VENV) .venv-moto .venv-moto.lock build dist *.egg-info .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-moto .venv-moto.lock .ceph .ceph.lock .ceph.new build dist *.egg-info .mypy_cache .ruff_cache .hypothesis

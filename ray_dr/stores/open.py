@@ -75,7 +75,7 @@ def _seal(store: Store, source: str) -> Store:
 def probe(store: Store) -> Traits:
     """The store's traits, tried out: it takes and gives back, and whether put-if-absent has one winner, also in a race.
 
-    Takes some ten round trips; writes and removes a few objects below `probe/`. `conditional_put` is what was seen, not
+    Takes some twenty round trips; writes and removes a few objects below `probe/`. `conditional_put` is what was seen, not
     what the server claims. Raises AccessDenied, StoreUnavailable, ... as the store does; BrokenPromise when it does not
     give back what was put.
     """
