@@ -42,7 +42,10 @@ def check(url: str, count: int, as_json: bool) -> None:
         raise ConfigError(str(error), remedy="check the store's URL", key="URL") from error
     with Live() as live:
         try:
-            found = examine(store, count, show=lambda line: live.show([f"checking {store.url}: {line}"]))
+            found = examine(
+                store, count, show=lambda line: live.show([f"checking {store.url}: {line}"]),
+                left=lambda key: live.say(f"ray-dr: the store does not let this be removed: {key}"),
+            )  # fmt: skip
         finally:
             live.clear()
     if as_json:

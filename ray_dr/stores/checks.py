@@ -311,10 +311,13 @@ def race(store: Store, key: str) -> list[int]:
 
 
 @contextmanager
-def own_folder(store: Store, name: str) -> Iterator[tuple[Store, str]]:
+def own_folder(
+    store: Store, name: str, *, left: Callable[[str], None] = lambda _: None
+) -> Iterator[tuple[Store, str]]:
     """The store, and the folder `name` in it, which is removed on leaving: after an error and on Ctrl-C, too.
 
-    What was put is remembered, so that it is removed also from a store whose listings are late.
+    What was put is remembered, so that it is removed also from a store whose listings are late. `left` is told the name
+    of each object that the store does not let go.
     """
     remembering = _Remembering(store)
     try:
@@ -324,7 +327,9 @@ def own_folder(store: Store, name: str) -> Iterator[tuple[Store, str]]:
         with suppress(StoreError):  # what was found before is the news, not that it can't be cleaned up
             keys |= {entry.key for entry in store.list(f"{name}/")}
         with ThreadPoolExecutor(REMOVERS) as pool:
-            list(pool.map(lambda key: _remove(store, key), sorted(keys)))
+            for key, gone in zip(sorted(keys), pool.map(lambda key: _remove(store, key), sorted(keys)), strict=True):
+                if not gone:
+                    left(key)
 
 
 class _Remembering:
@@ -359,9 +364,12 @@ class _Remembering:
         self._inner.delete(key)
 
 
-def _remove(store: Store, key: str) -> None:
-    with suppress(StoreError):
+def _remove(store: Store, key: str) -> bool:
+    try:
         store.delete(key)
+    except StoreError:
+        return False
+    return True
 
 
 def _is_missing(read: Callable[[], object]) -> bool:

@@ -76,13 +76,16 @@ class Examined:
         return tuple(dict.fromkeys(outcome.check.weaker for outcome in self.outcomes if not outcome.holds))
 
 
-def examine(store: Store, size: int = DEFAULT_BYTES, *, show: Callable[[str], None] = lambda _: None) -> Examined:
+def examine(
+    store: Store, size: int = DEFAULT_BYTES, *,
+    show: Callable[[str], None] = lambda _: None, left: Callable[[str], None] = lambda _: None,
+) -> Examined:  # fmt: skip
     """Check everything, then move `size` bytes four times (put and get, by one thread and by THREADS).
 
-    Works in a folder of its own, which is gone afterwards. `show` is told what is going on. Raises AccessDenied,
-    StoreUnavailable, ... when the store cannot even take and give one object.
+    Works in a folder of its own, which is gone afterwards. `show` is told what is going on, `left` the name of each
+    object that could not be removed. Raises AccessDenied, StoreUnavailable, ... when it cannot be gone on with.
     """
-    with own_folder(store, f"probe/{uuid.uuid4().hex}") as (inside, folder):
+    with own_folder(store, f"probe/{uuid.uuid4().hex}", left=left) as (inside, folder):
         reach(inside, f"{folder}/reached")
         outcomes = []
         for number, check in enumerate(CHECKS):

@@ -181,6 +181,16 @@ def test_ctrl_c_leaves_nothing_behind(at: int, monkeypatch: pytest.MonkeyPatch) 
         forget("interrupted")
 
 
+def test_what_cannot_be_removed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    faulty = FaultyStore(MemoryStore())
+    faulty.fail("delete", times=10_000, error=AccessDenied)
+    monkeypatch.setattr(cli_store, "open_store", lambda *_, **__: faulty)
+    result = CliRunner().invoke(main, ["store", "check", "memory://x"])
+    assert result.exit_code == 1
+    (left,) = faulty.list("")
+    assert f"does not let this be removed: {left.key}" in result.stderr
+
+
 def test_the_command_says_what_holds_and_the_verdict() -> None:
     result = CliRunner().invoke(main, ["store", "check", "memory://checked", "--bytes", "1000"])
     assert result.exit_code == 0, result.output

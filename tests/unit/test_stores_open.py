@@ -10,6 +10,8 @@ import pytest
 
 from ray_dr.errors import AccessDenied, BrokenPromise, StoreError, StoreUnavailable
 from ray_dr.stores.base import Buffer
+from ray_dr.stores.checks import PUT_IF_ABSENT
+from ray_dr.stores.examine import try_out
 from ray_dr.stores.faulty import FaultyStore
 from ray_dr.stores.memory import MemoryStore, forget
 from ray_dr.stores.open import open_store, probe, proven
@@ -78,6 +80,8 @@ def test_a_store_that_is_conditional_only_without_a_race_is_found_out() -> None:
     store = Overwriting()
     assert not probe(store).conditional_put
     assert not proven(store).traits.conditional_put
+    assert "lets 8 of 8 racing writers win" in try_out(PUT_IF_ABSENT[1], store, "one_wins").said
+    store.delete("one_wins/0")
     assert list(store.list("")) == []
 
 

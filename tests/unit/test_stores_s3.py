@@ -10,10 +10,12 @@ from collections.abc import Iterator
 import pytest
 
 from ray_dr.errors import AccessDenied, AlreadyExists, StoreError, StoreFull, StoreUnavailable
+from ray_dr.stores.checks import CHECKS, reads_back_in_parts
+from ray_dr.stores.examine import try_out
 from ray_dr.stores.open import open_store, probe
 from ray_dr.stores.retrying import Retry, Retrying
 from ray_dr.stores.s3 import Bucket, S3Store
-from tests.s3_server import S3Server
+from tests.s3_server import Answer, Request, S3Server
 
 
 @pytest.fixture
@@ -160,6 +162,25 @@ def test_the_probe_finds_out_a_server_that_refuses_conditions(server: S3Server) 
     server.plan("501 NotImplemented", method="PUT", times=1000, contains="refuses_a_second")
     server.plan("501 NotImplemented", method="PUT", times=1000, contains="one_wins_a_race")
     assert not probe(open_store(server.url("b"))).conditional_put
+
+
+class Swapping(S3Server):
+    """Puts the parts of an upload together in the wrong order."""
+
+    def _apply(self, request: Request) -> Answer:
+        if request.method == "POST" and "uploadId" in request.query:
+            parts = self.uploads[request.query["uploadId"]]
+            parts[1], parts[2] = parts[2], parts[1]
+        return super()._apply(request)
+
+
+def test_parts_that_a_server_mixes_up_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    (check,) = [check for check in CHECKS if check.run is reads_back_in_parts]
+    with Swapping() as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        found = try_out(check, open_store(server.url("b"), part_bytes=1000), "at")
+        assert (found.holds, found.said) == (False, "2000 bytes came back different")
 
 
 def test_the_url_holds_no_secret(server: S3Server) -> None:
