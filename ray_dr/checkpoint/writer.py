@@ -11,6 +11,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,6 +30,8 @@ from ray_dr.stores.wire import Connection, connect
 
 QUEUE_MAX = 1
 """Parts that wait for the store behind the one it is taking; only a final save lines up there."""
+PUTS = 4
+"""Chunks on their way to the store at a time: an fsync or a round trip of one is the time in which others are written."""
 PEER_S = 10.0
 """A peer that takes no byte for so long is given up: a node that vanished without a word must not hold up the saves."""
 
@@ -101,6 +104,7 @@ class Writer:
         self._storing: queue.Queue[Task | None] = queue.Queue(QUEUE_MAX)
         self._busy = self._unsealed = self._bound_for_store = 0
         self._closing = False
+        self._putting = ThreadPoolExecutor(PUTS, thread_name_prefix="writer-put")
         self._idle = threading.Condition()
         for name, loop in (("seal", self._seal_loop), ("store", self._store_loop)):
             threading.Thread(target=loop, name=f"writer-{name}", daemon=True).start()
@@ -145,6 +149,7 @@ class Writer:
         """Stop both threads and close the connections to peers."""
         self._sealing.put(None)
         self._closing = True
+        self._putting.shutdown(wait=False, cancel_futures=True)
         with contextlib.suppress(queue.Full):
             self._storing.put_nowait(None)  # when it is full, the thread sees `_closing` after its task
         for connection in tuple(self._peers.values()):
@@ -216,7 +221,9 @@ class Writer:
 
     def _put(self, task: Task) -> None:
         log = self._logs.setdefault(task.job, CommitLog(self._store, task.job))
-        saved = save_part(self._store, log, task.job, task.part, task.holding.view, term=task.term, known=self._known)
+        saved = save_part(
+            self._store, log, task.job, task.part, task.holding.view, term=task.term, known=self._known, pool=self._putting
+        )
         self._saved(task, task.part, Where.STORE, 0.0, saved.sent, saved.ref)
 
     def _saved(

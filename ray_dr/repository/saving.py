@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import CancelledError, Executor, Future
 from dataclasses import dataclass, replace
 
 from ray_dr.errors import CheckpointError, StoreError
@@ -23,18 +26,29 @@ class SavedPart:
 
 
 def save_part(
-    store: Store, log: CommitLog, job: str, part: Part, stream: memoryview, *, term: int, known: KnownChunks
+    store: Store,
+    log: CommitLog,
+    job: str,
+    part: Part,
+    stream: memoryview,
+    *,
+    term: int,
+    known: KnownChunks,
+    pool: Executor | None = None,
 ) -> SavedPart:
     """Store a sealed part (its chunks have their ids) whose bytes are `stream`.
 
     Chunks that the same rank's part of the newest checkpoint names are not sent again; `PartRef.base` says so, and the
     commit is refused should that checkpoint have been dropped by then (the reason why is in `prune`). Costs two small
     reads besides the puts. Raises StoreError; doing it again sends only what is missing.
+
+    pool   puts several chunks at a time; none is under way any more when this returns or raises
     """
     base, there = _reusable(store, log, part.rank)
     folder = save_folder(part.version, term)
     placed = [replace(chunk, folder=there.get(chunk.id, folder)) for chunk in part.chunks]
-    sent = sum(_put(store, job, chunk, stream, known) for chunk in placed if chunk.id not in there)
+    new = list({chunk.id: chunk for chunk in placed if chunk.id not in there}.values())
+    sent = _put_all(new, lambda chunk: _put(store, job, chunk, stream, known), pool)
     reuses = any(chunk.id in there for chunk in placed)
     listed = replace(part, chunks=tuple(placed))
     return SavedPart(write_part(store, job, listed, term=term, base=base if reuses else ""), sent)
@@ -51,6 +65,41 @@ def _reusable(store: Store, log: CommitLog, rank: int) -> tuple[str, Mapping[str
     except (StoreError, CheckpointError):
         return "", {}  # dropped meanwhile or damaged: then this save is put whole
     return ref.digest, {chunk.id: chunk.folder for chunk in base.chunks}
+
+
+def _put_all(chunks: list[Chunk], put: Callable[[Chunk], int], pool: Executor | None) -> int:
+    """Bytes sent: of all chunks, or an error. After one no further chunk is begun."""
+    if pool is None:
+        return sum(put(chunk) for chunk in chunks)
+    failed = threading.Event()
+
+    def put_unless_failed(chunk: Chunk) -> int:
+        if failed.is_set():
+            return 0
+        try:
+            return put(chunk)
+        except BaseException:
+            failed.set()
+            raise
+
+    under_way: list[Future[int]] = []
+    with contextlib.suppress(RuntimeError):  # a pool that was shut down takes nothing more
+        for chunk in chunks:
+            under_way.append(pool.submit(put_unless_failed, chunk))
+    sent, given_up = 0, len(under_way) < len(chunks)
+    errors: list[Exception] = []
+    for each in under_way:
+        try:
+            sent += each.result()
+        except CancelledError:  # `wait` would not return for these
+            given_up = True
+        except Exception as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
+    if given_up:
+        raise StoreError("the save was given up: its writer is closing")
+    return sent
 
 
 def _put(store: Store, job: str, chunk: Chunk, stream: memoryview, known: KnownChunks) -> int:
