@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import itertools
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from ray_dr.checkpoint.restore_plan import build_index
 from ray_dr.cli.main import main
 from ray_dr.errors import CheckpointError, StoreError
 from ray_dr.model.checkpoint import DTYPE_BYTES, Box, Chunk, Manifest, Part, Shard, VersionId
-from ray_dr.repository.commit import CommitLog
+from ray_dr.repository.commit import CheckpointEntry, CommitLog, TermEntry, decode
 from ray_dr.repository.layout import save_folder
 from ray_dr.repository.parts import read_part, write_part
 from ray_dr.stores.disk import FileStore
@@ -368,3 +369,11 @@ def test_a_part_list_that_nobody_could_have_meant_is_refused_before_anything_is_
         told = capfd.readouterr().err
         assert (ended, "damaged: step 1 of attempt 1" in told) == ((0, False) if what == "good" else (1, True)), what
     assert [path.name for path in tmp_path.glob("*.safetensors")] == ["good.safetensors"]
+
+
+def test_the_entries_that_the_format_shows_are_entries() -> None:
+    text = (ROOT / "ray_dr/repository/FORMAT.md").read_text()
+    shown = re.findall(r"```json\n(.*?)\n```", text, re.S)
+    assert [type(decode(entry.encode())) for entry in shown] == [TermEntry, CheckpointEntry]
+    found = dict(re.findall(r"^\| (\d+) \| (`.*?) \|$", text, re.M))
+    assert {name: int(size) for size, names in found.items() for name in names.replace("`", "").split()} == DTYPE_BYTES
