@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ from ray_dr.repository.commit import CheckpointEntry, CommitLog, TermEntry, deco
 from ray_dr.repository.layout import save_folder
 from ray_dr.repository.parts import read_part, write_part
 from ray_dr.stores.disk import FileStore
-from tests.museum.make import PIECES, make
+from tests.museum.make import PIECES, Job, make, tensor
 
 ROOT = Path(__file__).parents[2]
 PIECE_FOLDERS = sorted(Path(__file__).parent.glob("format-*/*"))
@@ -153,6 +154,31 @@ def test_what_is_made_today_is_what_the_museum_expects_and_is_read(tmp_path: Pat
             assert expected == expected_of(PIECE_FOLDERS[0].parent / piece)
         for job, checkpoints in expected.items():
             check_checkpoints(tmp_path / "new" / piece / "store", job, checkpoints, tmp_path)
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 7, 32, 48, 64, 100, 1000])
+def test_a_stream_may_be_cut_anywhere(chunk_bytes: int, tmp_path: Path) -> None:
+    job = Job(FileStore(tmp_path / "store"), "cut", chunk_bytes)
+    job.take()
+    job.commit(1, 1, {"a": tensor("a", "uint8", 5), "b": tensor("b", "float32", 1), "c": tensor("c", "int16", 40)})
+    check_checkpoints(tmp_path / "store", "cut", job.expected, tmp_path)
+
+
+def test_what_cannot_be_written_is_said_and_leaves_nothing(
+    copied: Callable[[Path], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    store = copied(next(piece for piece in PIECE_FOLDERS if piece.name == "training"))
+    for target, told in ((tmp_path / "no" / "folder", "cannot be written: No such file"), (store, "exists already")):
+        assert call_rescue(store, "training", "--to", target) == 1
+        assert told in capfd.readouterr().err
+    monkeypatch.setattr(rescue.shutil, "disk_usage", lambda _: SimpleNamespace(free=100))
+    assert call_rescue(store, "training", "--to", tmp_path / "out") == 1
+    assert "lacks space" in capfd.readouterr().err
+    assert call_rescue(store, "training", "--step", 9, "--to", tmp_path / "out") == 1
+    assert "no such checkpoint" in capfd.readouterr().err
+    assert call_rescue(store, "nobody") == 1
+    assert call_rescue(tmp_path) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]
 
 
 def test_rescue_needs_neither_ray_dr_nor_blake3(copied: Callable[[Path], Path], tmp_path: Path) -> None:
@@ -324,14 +350,37 @@ def test_a_lost_end_of_the_log_shows_in_what_is_left_of_the_save(
     assert told.out == "steps: 1 (attempt 1) 2 (attempt 1)\n"
 
 
+def entry(**body: Any) -> bytes:
+    """A log entry with the digest that belongs to it."""
+    digest = blake3(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return json.dumps({**body, "digest": digest}, sort_keys=True, separators=(",", ":")).encode()
+
+
 def test_a_newer_format_is_refused_by_name(copied: Callable[[Path], Path], capfd: pytest.CaptureFixture[str]) -> None:
     store = copied(next(piece for piece in PIECE_FOLDERS if piece.name == "training"))
-    body = {"entry": "checkpoint", "format": 2, "manifest": "?"}
-    digest = blake3(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-    text = json.dumps({**body, "digest": digest}, sort_keys=True, separators=(",", ":"))
-    (store / "jobs/training/log/000000000005.json").write_text(text)
+    (store / "jobs/training/log/000000000005.json").write_bytes(entry(entry="checkpoint", format=2, manifest="?"))
     assert call_rescue(store, "training", "--older", "--to", store / "out") == 1
     assert "000000000005.json: of format 2" in capfd.readouterr().err
+
+
+def test_an_entry_of_another_job_or_name_and_one_that_is_known_to_be_lost_stand_in_the_newests_way(
+    copied: Callable[[Path], Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    store = copied(next(piece for piece in PIECE_FOLDERS if piece.name == "incremental"))
+    last, another = store / "jobs/adapter/log/000000000009.json", store / "jobs/other/log/000000000002.json"
+    manifest = json.loads(another.read_bytes())["manifest"]
+    foreign = entry(entry="checkpoint", format=1, manifest={**manifest, "version": {"attempt": 1, "step": 6}})
+    moved = entry(entry="term", format=1, term=9, place="jobs/adapter/log/000000000010.json")
+    for name, data, told in (
+        (last.name, foreign, "of another job"),
+        (last.name, moved, "was put as jobs/adapter/log/000000000010.json"),
+        ("000000000009.mark", b"", "000000000009.json: No such file"),
+    ):
+        (last.parent / name).write_bytes(data)
+        assert call_rescue(store, "adapter", "--to", store / "out") == 1, told
+        assert told in capfd.readouterr().err
+        (last.parent / name).unlink()
+    assert call_rescue(store, "adapter", "--to", store / "out") == 0
 
 
 BOX = Box("w", "int32", (4,), (0,), (4,))
@@ -359,6 +408,7 @@ def hostile(data: bytes) -> Iterator[tuple[str, Part]]:
 def test_a_part_list_that_nobody_could_have_meant_is_refused_before_anything_is_written(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    (tmp_path / blake3(bytes(range(16))).hexdigest()).write_bytes(bytes(range(16)))  # outside, with the right bytes
     for what, part in hostile(bytes(range(16))):
         store = FileStore(tmp_path / what)
         term = CommitLog(store, "j").take_term("t", 1.0)
