@@ -7,7 +7,7 @@
       every: auto                       # or 30s, 500 steps, never; what a tier without its own `every` does
       tiers:
         - {kind: memory, copies: 2}
-        - {kind: s3, url: s3://bucket/prefix, every: 5m, keep: {last: 3}}
+        - {kind: s3, url: s3://bucket/prefix, every: 5m, keep: {last: 3, hourly: 24, daily: 7, weekly: 4, within: 2d}}
     recovery: {unwind: 15s, start: 5m, settle: 1s, silent: 5s, attempts_without_progress: 5}
     deterministic: false
     seed: 0
@@ -31,7 +31,7 @@ from typing import Literal, TypeVar, cast
 from urllib.parse import quote, unquote, urlsplit
 
 from ray_dr.errors import AccessDenied, ConfigError, StoreError, StoreFull
-from ray_dr.model.job import Every, Job, MemoryTier, Recovery, StoreTier, Workers
+from ray_dr.model.job import Every, Job, Keep, MemoryTier, Recovery, StoreTier, Workers
 from ray_dr.stores.base import Traits
 from ray_dr.yaml_text import Place, Setting, compose, describe, short
 
@@ -44,9 +44,11 @@ JOB_KEYS = (
 WORKER_KEYS = ("nodes", "min_nodes_to_run", "per_node", "gpus_per_node", "cpus_per_worker")
 RECOVERY_KEYS = ("unwind", "start", "settle", "silent", "attempts_without_progress")
 STORE_TIER_KEYS = ("kind", "url", "path", "every", "keep")
+KEEP_KEYS = ("last", "hourly", "daily", "weekly", "within")
 TIER_KINDS = ("memory", "file", "disk", "s3", "store")
 SCHEMES = ("file", "s3", "memory")
 NODES_MAX = 10_000
+KEPT_MAX = 1_000_000
 
 _NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_-]*(\.[a-zA-Z0-9_-]+)*")
 _RANGE = re.compile(r"(\d{1,9})\s*\.\.\s*(\d{1,9})")
@@ -61,6 +63,17 @@ def load(path: str | Path) -> Job:
 def parse(text: str, file: str = "job.yaml") -> Job:
     """The job that `text` describes; `file` is what errors call it and where its relative paths begin."""
     return _parse(text, file)[0]
+
+
+def parse_keep(text: str) -> Keep:
+    """The rules in `last=5,daily=7,within=2d`, as on a command line. Raises ConfigError."""
+    place = Place("", 0, "--keep")
+    rules = [rule.partition("=") for rule in text.split(",")]
+    for name, _, value in rules:
+        if not re.fullmatch(r"[a-z]+", name.strip()) or not re.fullmatch(r"[\w.]+", value.strip()):
+            place.fail(f"{short(text)} says no rules", "write for example last=5,hourly=24,daily=7,weekly=4,within=2d")
+    flow = ", ".join(f"{name.strip()}: {value.strip()}" for name, _, value in rules)
+    return _keep(Setting(compose(f"{{{flow}}}", ""), place))
 
 
 def check_store(job: Job, path: str | Path | None = None) -> Traits:
@@ -263,12 +276,15 @@ def _store_tier(keys: dict[str, Setting], every: Every | None) -> tuple[StoreTie
         where.fail(f"{url} does not fit kind: {kind}", f"write kind: {'s3' if scheme == 's3' else 'store'}")
     tier = StoreTier(url)
     cadence = _one(keys, "every", Setting.every, every or tier.every)
-    return StoreTier(url, cadence, _one(keys, "keep", _keep_last, tier.keep_last)), where.place
+    keep = _one(keys, "keep", _keep, tier.keep)
+    return StoreTier(url, cadence, keep.last, keep.hourly, keep.daily, keep.weekly, keep.within_s), where.place
 
 
-def _keep_last(setting: Setting) -> int:
-    keys = setting.sections(("last",))
-    return keys["last"].whole(1, 1_000_000) if "last" in keys else StoreTier("").keep_last
+def _keep(setting: Setting) -> Keep:
+    keys, standard = setting.sections(KEEP_KEYS), Keep()
+    hourly, daily, weekly = (_one(keys, name, lambda value: value.whole(0, KEPT_MAX), 0) for name in KEEP_KEYS[1:4])
+    last = _one(keys, "last", lambda value: value.whole(1, KEPT_MAX), standard.last)
+    return Keep(last, hourly, daily, weekly, _one(keys, "within", lambda value: value.duration_s(least=0.0), 0.0))
 
 
 def _refuse(keys: Mapping[str, Setting], known: Sequence[str], what: str) -> None:

@@ -431,7 +431,7 @@ class Performer:
         """Apply the store's retention."""
         try:
             prune.execute(
-                self._host.store, self._host.log, self._job.name, keep_last=self._job.store.keep_last, term=self._host.term
+                self._host.store, self._host.log, self._job.name, keep=self._job.store.keep, term=self._host.term
             )
         except StoreError as error:
             self._host.note("store.unavailable", error=str(error), store=self._host.store.url)

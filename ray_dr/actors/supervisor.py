@@ -111,9 +111,13 @@ class Host:
         self.store = proven(open_store(job.store.url))
         self.log = CommitLog(self.store, job.name)
         self.term = self.log.take_term(f"{platform.node()}:{os.getpid()}", time.time())
-        self.stored = self.log.checkpoints()
+        self.log.mark()
+        seen = self.log.refresh()
+        self.stored = seen.checkpoints
         self.journal = Journal(self.store, job.name, self.term, clock=time.time)
         self.perform = Performer(self, train, token)
+        if seen.doubtful:
+            self.note("log.damaged", entries=list(seen.doubtful), store=self.store.url)
 
     def start(self) -> None:
         """Begin: journal, adoption of what lives, the loop."""
@@ -345,6 +349,7 @@ class Host:
             self.note("store.unavailable", error=str(error), step=manifest.version.step, store=self.store.url)
         else:
             self._mailbox.put(Committed(manifest))
+            self.log.mark()
             self.perform.prune()
 
     def _version_committed(self, manifest: Manifest) -> None:

@@ -13,10 +13,10 @@ import click
 
 from ray_dr import config
 from ray_dr.checkpoint.reader import StoreSource
-from ray_dr.errors import ConfigError, NoCheckpoint, StoreError
+from ray_dr.errors import CheckpointError, ConfigError, NoCheckpoint, StoreError
 from ray_dr.model.checkpoint import Manifest, Part
 from ray_dr.model.journal import Record
-from ray_dr.repository.commit import CommitLog
+from ray_dr.repository.commit import CommitLog, LogView
 from ray_dr.repository.layout import JOBS_PREFIX
 from ray_dr.repository.parts import read_part
 from ray_dr.stores.base import Store
@@ -45,13 +45,25 @@ class StoredJob:
                 time.sleep(0.2)  # a segment listed before the one ahead of it became visible
         raise AssertionError("unreachable")
 
+    def log(self) -> LogView:
+        """The commit log as it is now."""
+        return CommitLog(self.store, self.name).refresh()
+
     def checkpoints(self) -> tuple[Manifest, ...]:
         """Committed checkpoints, oldest first."""
-        return CommitLog(self.store, self.name).checkpoints()
+        return self.log().checkpoints
 
     def checkpoint(self, step: int | None = None) -> Manifest:
-        """The newest committed checkpoint, or the newest of those at `step`. Raises NoCheckpoint, naming the others."""
-        found = self.checkpoints()
+        """The newest committed checkpoint, or the newest of those at `step`. Raises NoCheckpoint, naming the others;
+        CheckpointError when which is the newest can't be told, as the log is damaged."""
+        view = self.log()
+        found = view.checkpoints
+        if view.doubtful and step is None:
+            newest = f"step {found[-1].version.step}" if found else "none"
+            raise CheckpointError(
+                f"entry {view.doubtful[-1]} of the commit log of job {self.name} is damaged or missing, so a newer "
+                f"checkpoint may be lost; the newest that is known: {newest} (to take an older one, name its step)"
+            )
         if not found:
             raise NoCheckpoint(f"job {self.name} has no committed checkpoint in {self.store.url}")
         wanted = [manifest for manifest in found if step in (None, manifest.version.step)]

@@ -39,12 +39,32 @@ class MemoryTier:
 
 
 @dataclass(frozen=True, slots=True)
+class Keep:
+    """Which committed checkpoints stay: those that any of the rules wants (`repository.retention` says how)."""
+
+    last: int = 3
+    hourly: int = 0
+    daily: int = 0
+    weekly: int = 0
+    within_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class StoreTier:
-    """A store that outlives the nodes. `keep_last` committed checkpoints stay."""
+    """A store that outlives the nodes. `keep_...` say which committed checkpoints stay."""
 
     url: str
     every: Every = Every(seconds=30.0)
     keep_last: int = 3
+    keep_hourly: int = 0
+    keep_daily: int = 0
+    keep_weekly: int = 0
+    keep_within_s: float = 0.0
+
+    @property
+    def keep(self) -> Keep:
+        """The rules as one value."""
+        return Keep(self.keep_last, self.keep_hourly, self.keep_daily, self.keep_weekly, self.keep_within_s)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,12 +13,15 @@ entry whose term is lower than the highest term before it is void. A supervisor 
 fenced: it can never again commit, because each number it could take comes after that term entry. One conditional put is
 thus both the commit and the fence, and needs no clock.
 
-Checkpoints are appended in ascending order of version, and only while every part list whose chunks they reuse is
-named by a checkpoint that still exists: pruning needs no more than that (see `prune`).
+Checkpoints are appended in ascending order of version, higher than any that ever was in the log, and only while every
+part list whose chunks they reuse is named by a checkpoint that still exists: pruning needs no more than that (see `prune`).
 
-Each entry carries the hash of its own contents. A damaged entry is skipped; as it may have been a term entry, the
-next term is chosen higher by as many as there are damaged entries, so that no term is ever given out twice. Old entries
-stay: numbers are never reused (per checkpoint about a kilobyte per rank; reading stops at the newest `kept` entry).
+Each entry carries the hash of its own contents and of the name it was put under, so that one put in another's place is
+damaged too. A damaged or missing entry is skipped; as it may have been a term entry, the next term is chosen higher by
+as many as there are damaged entries, so that no term is ever given out twice; and as it may have been a checkpoint,
+`LogView.doubtful` says so to whoever wants the newest. Entries missing at the log's end are told by a *mark*, an empty
+object whose name says that this number was there; a mark may be late or missing, but is never wrong. Old entries stay:
+numbers are never reused (per checkpoint about a kilobyte per rank; reading stops at the newest `kept` entry).
 """
 
 from __future__ import annotations
@@ -28,15 +31,16 @@ import threading
 import uuid
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 from blake3 import blake3
 
 from ray_dr.errors import AlreadyExists, Fenced, NotFound, StoreError, StoreUnavailable
-from ray_dr.model.checkpoint import Manifest
+from ray_dr.model.checkpoint import Manifest, VersionId
 from ray_dr.model.codec import from_json, to_json
-from ray_dr.repository.layout import log_key, log_prefix, log_seq
+from ray_dr.repository.layout import log_key, log_prefix, log_seq, mark_key
 from ray_dr.stores.base import Store
 
 FORMAT = 1
@@ -62,13 +66,23 @@ class CheckpointEntry:
 
 
 @dataclass(frozen=True, slots=True)
+class Pending:
+    """A checkpoint that exists no more; its objects stay until then (UTC seconds), for those who are reading it."""
+
+    manifest: Manifest
+    until: float
+
+
+@dataclass(frozen=True, slots=True)
 class KeptEntry:
-    """After pruning: the highest term so far and the manifests that are left, oldest first."""
+    """After pruning: the highest term and version so far, and the manifests that are left, oldest first."""
 
     term: int
     highest: int
     manifests: tuple[Manifest, ...]
     damaged: int = 0
+    newest: VersionId | None = None
+    pending: tuple[Pending, ...] = ()
 
 
 Entry = TermEntry | CheckpointEntry | KeptEntry
@@ -78,12 +92,28 @@ _NAMES = {kind: name for name, kind in _KINDS.items()}
 
 @dataclass(frozen=True, slots=True)
 class LogView:
-    """The log up to and with number `tail` (0: empty). `damaged`: entries that could not be read."""
+    """The log up to and with number `tail` (0: empty).
+
+    damaged   how many entries could not be read, ever
+    unread    the numbers of those that no `kept` entry has made irrelevant since
+    settled   number of the last entry that says which checkpoint is the newest
+    newest    the highest version that ever was in the log
+    pending   dropped checkpoints whose objects still stay
+    """
 
     tail: int = 0
     term: int = 0
     checkpoints: tuple[Manifest, ...] = ()
     damaged: int = 0
+    unread: tuple[int, ...] = ()
+    settled: int = 0
+    newest: VersionId | None = None
+    pending: tuple[Pending, ...] = ()
+
+    @property
+    def doubtful(self) -> tuple[int, ...]:
+        """Numbers of unreadable entries any of which may have been a newer checkpoint than all that are known."""
+        return tuple(number for number in self.unread if number > self.settled)
 
 
 def extend(view: LogView, entry: Entry | None) -> LogView:
@@ -91,42 +121,47 @@ def extend(view: LogView, entry: Entry | None) -> LogView:
     view = replace(view, tail=view.tail + 1)
     match entry:
         case None:
-            return replace(view, damaged=view.damaged + 1)
+            return replace(view, damaged=view.damaged + 1, unread=(*view.unread, view.tail))
         case TermEntry():
             return replace(view, term=max(view.term, entry.term))
         case CheckpointEntry() if entry.manifest.term >= view.term:
-            return replace(view, checkpoints=(*view.checkpoints, entry.manifest))
+            newest = max(view.newest or entry.manifest.version, entry.manifest.version)
+            return replace(view, checkpoints=(*view.checkpoints, entry.manifest), settled=view.tail, newest=newest)
         case KeptEntry() if entry.term >= view.term and entry.highest >= view.term:
-            return replace(view, term=entry.highest, checkpoints=entry.manifests, damaged=entry.damaged)
+            newest = entry.newest or max((left.version for left in entry.manifests), default=view.newest)
+            return LogView(
+                view.tail, entry.highest, entry.manifests, entry.damaged, (), view.tail, newest, entry.pending
+            )
         case _:
             return view
 
 
 def too_late(manifest: Manifest, view: LogView) -> str:
     """Why a checkpoint may not be appended to the log as seen; empty when it may. `prune` relies on both reasons."""
-    newest = max((known.version for known in view.checkpoints), default=None)
-    if newest is not None and manifest.version <= newest:
-        return f"step {manifest.version.step} of attempt {manifest.version.attempt} is not newer than {newest}"
+    if view.newest is not None and manifest.version <= view.newest:
+        return f"step {manifest.version.step} of attempt {manifest.version.attempt} is not newer than {view.newest}"
     named = {ref.digest for known in view.checkpoints for ref in known.parts}
     if any(ref.base and ref.base not in named for ref in manifest.parts):
         return f"step {manifest.version.step} reuses chunks of a checkpoint that was dropped meanwhile"
     return ""
 
 
-def encode(entry: Entry) -> bytes:
-    """An entry's bytes: one JSON object with sorted keys that carries the hash of the rest as `digest`."""
-    body: dict[str, Any] = {"entry": _NAMES[type(entry)], "format": FORMAT, **to_json(entry)}
-    return _dump({**body, "digest": _digest(body)})
+def encode(entry: Entry, place: str = "") -> bytes:
+    """An entry's bytes: one JSON object with sorted keys that carries the hash of the rest as `digest`.
+
+    place   the object's name, which becomes part of what is hashed
+    """
+    body = {"entry": _NAMES[type(entry)], "format": FORMAT, **to_json(entry)}
+    return _sealed({**body, "place": place} if place else body)
 
 
-def decode(data: bytes) -> Entry | None:
-    """The entry, None when its bytes are damaged. Raises StoreError for a format this version doesn't know."""
-    try:
-        body = json.loads(data)
-        digest = body.pop("digest")
-    except (ValueError, AttributeError, TypeError, KeyError):
-        return None
-    if digest != _digest(body):
+def decode(data: bytes, place: str = "") -> Entry | None:
+    """The entry; None when its bytes are damaged, or those of another place than `place` (older ones don't know theirs).
+
+    Raises StoreError for a format this version doesn't know.
+    """
+    body = _unsealed(data)
+    if body is None or (body.pop("place", place) != place and place):
         return None
     if body.pop("format") != FORMAT:
         raise StoreError("the commit log is of a newer format; use a newer ray_dr")
@@ -144,6 +179,7 @@ class CommitLog:
         self._store = store
         self._job = job
         self._view: LogView | None = None
+        self._mark = 0
         self._lock = threading.RLock()
         log_prefix(job)  # refuses a bad name early
 
@@ -178,14 +214,41 @@ class CommitLog:
                 view = self.refresh()
             raise self._contended()
 
-    def keep(self, manifests: Sequence[Manifest], *, term: int, seen: LogView) -> bool:
-        """Leave only `manifests`, decided on the log as `seen`. False: the log has grown since, decide anew."""
+    def keep(
+        self,
+        manifests: Sequence[Manifest],
+        *,
+        term: int | None,
+        seen: LogView,
+        pending: Sequence[Pending] | None = None,
+    ) -> bool:
+        """Leave only `manifests`, decided on the log as `seen`. False: the log has grown since, decide anew.
+
+        term      of the supervisor that decides; None for somebody who doesn't own the job and is never fenced
+        pending   the dropped checkpoints whose objects stay; None: as they were
+        """
+        mine = seen.term if term is None else term
+        waiting = seen.pending if pending is None else tuple(pending)
         with self._lock:
-            self._require_term(term, seen)
-            if self._put(seen, KeptEntry(term, seen.term, tuple(manifests), seen.damaged)):
+            self._require_term(mine, seen)
+            if self._put(seen, KeptEntry(mine, seen.term, tuple(manifests), seen.damaged, seen.newest, waiting)):
                 return True
-            self._require_term(term, self.refresh())
+            view = self.refresh()
+            if term is not None:
+                self._require_term(term, view)
             return False
+
+    def mark(self) -> None:
+        """Say in the store how far the log has come, so that the loss of its last entries is noticed. Best effort."""
+        with self._lock:
+            before, now = self._mark, (self._view or self.refresh()).tail
+            if now == before:
+                return
+            with suppress(StoreError):
+                self._store.put(mark_key(self._job, now), b"")
+                self._mark = now
+                if before:
+                    self._store.delete(mark_key(self._job, before))
 
     def checkpoints(self) -> tuple[Manifest, ...]:
         """All checkpoints that exist, oldest first."""
@@ -204,13 +267,14 @@ class CommitLog:
         with self._lock:
             view = self._view or self._load()
             while (data := self._read(view.tail + 1)) is not None:
-                view = extend(view, decode(data))
+                view = extend(view, decode(data, log_key(self._job, view.tail + 1)))
             self._view = view
             return view
 
     def _put(self, view: LogView, entry: Entry) -> bool:
+        key = log_key(self._job, view.tail + 1)
         try:
-            self._store.put(log_key(self._job, view.tail + 1), encode(entry), if_absent=True)
+            self._store.put(key, encode(entry, key), if_absent=True)
         except AlreadyExists:
             return False
         self._view = extend(view, entry)
@@ -235,7 +299,7 @@ class CommitLog:
 
     def _entry(self, seq: int) -> Entry | None:
         data = self._read(seq)
-        return None if data is None else decode(data)
+        return None if data is None else decode(data, log_key(self._job, seq))
 
     def _read(self, seq: int) -> bytes | None:
         try:
@@ -258,6 +322,20 @@ def _first_needed(entries: Mapping[int, Entry | None]) -> int:
     A kept entry that was put is never void: its writer had read all before it, and no higher term was there.
     """
     return max((seq for seq, entry in entries.items() if isinstance(entry, KeptEntry)), default=1)
+
+
+def _sealed(body: dict[str, Any]) -> bytes:
+    return _dump({**body, "digest": _digest(body)})
+
+
+def _unsealed(data: bytes) -> dict[str, Any] | None:
+    """What was sealed, without its digest; None when the bytes are damaged."""
+    try:
+        body: dict[str, Any] = json.loads(data)
+        digest = body.pop("digest")
+    except (ValueError, AttributeError, TypeError, KeyError, RecursionError):
+        return None
+    return body if digest == _digest(body) else None
 
 
 def _digest(body: dict[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """Where everything lies in a store. No other module writes a key by hand.
 
     jobs/<job>/log/<seq>.json                            the commit log, numbered from 1 without a gap
+    jobs/<job>/log/<seq>.mark                            empty: says that the log has this number
     jobs/<job>/parts/<save>/r<rank>-<digest>.json        part lists, named by the first half of their BLAKE3 hash
     jobs/<job>/chunks/<save>/<id>                        bytes, named by their BLAKE3 hash and the save that put them
     jobs/<job>/journal/<term>-<segment>.jsonl            journal segments
@@ -17,7 +18,7 @@ from ray_dr.errors import StoreError
 from ray_dr.model.checkpoint import Chunk, VersionId
 
 _JOB = re.compile(r"^[a-zA-Z0-9][a-zA-Z0-9._=-]{0,127}$")
-_LOG = re.compile(r"/log/(\d{12})\.json$")
+_LOG = re.compile(r"/log/(\d{12})\.(?:json|mark)$")
 _SAVE = re.compile(r"/(?:parts|chunks)/((\d{6,})-(\d{12,})-(\d{6,}))/")
 _JOURNAL = re.compile(r"/journal/(\d{6,})-(\d{8,})\.jsonl$")
 
@@ -38,8 +39,12 @@ def log_key(job: str, seq: int) -> str:
     return f"{log_prefix(job)}{seq:012d}.json"
 
 
+def mark_key(job: str, seq: int) -> str:
+    return f"{log_prefix(job)}{seq:012d}.mark"
+
+
 def log_seq(key: str) -> int | None:
-    """The number of a log entry; None for any other key."""
+    """The number of a log entry, or of the mark that there was one; None for any other key."""
     found = _LOG.search(key)
     return int(found[1]) if found else None
 

@@ -193,8 +193,8 @@ BAD = [
         "4: checkpoint.tiers[0].keep.last: 0 is out of range (write a whole number from 1 to 1000000)",
     ),
     (
-        "job: x\ncheckpoint:\n  tiers:\n    - {kind: disk, path: /a, keep: {daily: 7}}",
-        "4: checkpoint.tiers[0].keep.daily: unknown key (known: last)",
+        "job: x\ncheckpoint:\n  tiers:\n    - {kind: disk, path: /a, keep: {yearly: 7}}",
+        "4: checkpoint.tiers[0].keep.yearly: unknown key (known: last, hourly, daily, weekly, within)",
     ),
     (
         "job: x\nstore: /a\ncheckpoint:\n  tiers:\n    - {kind: disk, path: /b}",

@@ -19,6 +19,7 @@ import pytest
 
 from ray_dr.errors import Fenced, NotFound, StoreError
 from ray_dr.model.checkpoint import Chunk, Manifest, Part, VersionId
+from ray_dr.model.job import Keep
 from ray_dr.repository import commit, layout, prune
 from ray_dr.repository.chunks import KnownChunks, chunk_id, read_chunk_into
 from ray_dr.repository.commit import CommitLog, LogView
@@ -230,7 +231,7 @@ def pruner(start: Mapping[str, bytes], *, term: int = 1, times: int = 1) -> Acto
         log = informed_log(store, view)
         with contextlib.suppress(StoreError, Fenced):
             for _ in range(times):
-                prune.execute(store, log, JOB, keep_last=1, term=term)
+                prune.execute(store, log, JOB, keep=Keep(1), term=term)
 
     return act
 
@@ -400,7 +401,7 @@ def test_a_prune_costs_a_few_requests_and_one_per_object_removed(keep_last: int)
         ref = save_part(store, log, JOB, part, data, term=1, known=KnownChunks()).ref
         log.commit(Manifest(1, JOB, 1, part.version, 1, step, (ref,), 1.0))
         store.calls.clear()
-        done = prune.execute(store, log, JOB, keep_last=keep_last, term=1)
+        done = prune.execute(store, log, JOB, keep=Keep(keep_last), term=1)
         assert len(store.calls) - done.parts_removed - done.chunks_removed <= 5
         assert done.swept or done.parts_removed == done.chunks_removed == len(done.plan.drop)
 
@@ -418,7 +419,7 @@ def test_two_hundred_saves_leave_no_more_than_a_few(tmp_path: Path, monkeypatch:
             upload(store, log, step - 1)
         save(store, step, log=log)
         if number % 11:
-            done = prune.execute(store, log, JOB, keep_last=3, term=1)
+            done = prune.execute(store, log, JOB, keep=Keep(3), term=1)
             since_swept = 0 if done.swept else since_swept + 1
             assert since_swept <= prune.SWEEP_EVERY
         most = max(most, len(data_keys(store)))
