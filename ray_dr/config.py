@@ -76,6 +76,14 @@ def parse_keep(text: str) -> Keep:
     return _keep(Setting(compose(f"{{{flow}}}", ""), place))
 
 
+def parse_span(text: str, key: str) -> float:
+    """Seconds of a duration on a command line. Raises ConfigError naming `key`."""
+    place = Place("", 0, key)
+    if not re.fullmatch(r"[\w. ]+", text):
+        place.fail(f"{short(text)} is no duration", "write a unit: 30s, 5m")
+    return Setting(compose(text, ""), place).duration_s(least=0.0)
+
+
 def check_store(job: Job, path: str | Path | None = None) -> Traits:
     """What the job's store was found to guarantee. Raises ConfigError when it can't be read and written now; with `path`
     it names the line."""

@@ -24,9 +24,7 @@ ROOM = 64 * 2**20
 _THREADS = 4
 
 
-def trial_units(
-    store: Store, job: str, version: VersionId, parts: Sequence[Part], *, room: int = ROOM
-) -> list[Unit]:
+def trial_units(store: Store, job: str, version: VersionId, parts: Sequence[Part], *, room: int = ROOM) -> list[Unit]:
     """The pieces that together are one restore of a version. Run one at a time, they take `room` bytes of memory."""
     return [_unit(store, job, version, parts, piece) for piece in pieces(parts, room)]
 
@@ -84,7 +82,9 @@ def _try(
         read_state(those, wanted, sources, threads=_THREADS, on_corrupt=lambda error: None)
     except CheckpointError as error:
         bad = _bad_chunks(store, job, version, those, boxes)
-        return bad or (Damage(f"{parts_prefix(job)}*", f"step {version.step} can't be put together: {error}", (version,)),)
+        return bad or (
+            Damage(f"{parts_prefix(job)}*", f"step {version.step} can't be put together: {error}", (version,)),
+        )
     return ()
 
 
@@ -98,5 +98,3 @@ def _bad_chunks(
     except CheckpointError:
         return ()
     return tuple(damage for chunk in chunks for damage in look_at_chunk(store, job, chunk, (version,)))
-
-

@@ -23,6 +23,8 @@ VERBS = {
     "timeline": "What went wrong, how long each part of getting over it took, and every decision's reason.",
     "checkpoints": "The checkpoints that can be restored.",
     "restore": "Write a checkpoint as one safetensors file, verified.",
+    "check": "Prove that the checkpoints in the store are whole.",
+    "prune": "Let old checkpoints go: what, and why; with --yes.",
     "replay": "Decide a job's past anew with this version's code and show what differs.",
     "data": "What a job's journal proves about its data.",
     "keys": "Change the key that opens an encrypted store, without touching its data.",

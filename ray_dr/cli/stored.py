@@ -15,6 +15,7 @@ from ray_dr import config
 from ray_dr.checkpoint.reader import StoreSource
 from ray_dr.errors import CheckpointError, ConfigError, NoCheckpoint, StoreError
 from ray_dr.model.checkpoint import Manifest, Part
+from ray_dr.model.job import Job
 from ray_dr.model.journal import Record
 from ray_dr.repository.commit import CommitLog, LogView
 from ray_dr.repository.layout import JOBS_PREFIX
@@ -85,8 +86,8 @@ def find_job(job: str, store_url: str | None) -> StoredJob:
     """The job that JOB and --store name. Raises ConfigError for a bad job.yaml or a job nobody ever ran."""
     from ray_dr.stores.open import open_store, refuse_locked
 
-    if job.endswith((".yaml", ".yml")) or Path(job).is_file():
-        spec = config.load(job)
+    spec = read_spec(job)
+    if spec is not None:
         name, url = spec.name, store_url or spec.store.url
     else:
         name, url = job, store_url or config.default_store()
@@ -98,6 +99,11 @@ def find_job(job: str, store_url: str | None) -> StoredJob:
     if next(iter(store.list(f"{JOBS_PREFIX}{name}/")), None) is None:
         raise ConfigError(f"{store.url} knows no job {name!r}", remedy=_others(store), key="JOB")
     return StoredJob(name, store)
+
+
+def read_spec(job: str) -> Job | None:
+    """What JOB says when it is the path of a job.yaml; None for a name. Raises ConfigError for a bad one."""
+    return config.load(job) if job.endswith((".yaml", ".yml")) or Path(job).is_file() else None
 
 
 def job_argument(command: Command) -> Command:

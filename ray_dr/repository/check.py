@@ -51,10 +51,6 @@ class Inventory:
     size: int
     damaged: tuple[Damage, ...]
 
-    def whole(self, version: VersionId) -> bool:
-        """Whether nothing is known to be wrong with a version."""
-        return not any(version in damage.versions for damage in self.damaged)
-
 
 @dataclass(frozen=True, slots=True)
 class Unit:
@@ -78,7 +74,7 @@ class Progress:
     start      place where its stretch begins
     reached    units less than so far behind `start` were looked at
     versions   what it is about: those that existed when it began
-    again      names of units that were damaged, now or in the check before: each check looks at them again
+    again      names of units that were damaged, now or in the check before: each check looks at them first
     """
 
     format: int
@@ -106,7 +102,7 @@ def begin(fresh: Progress, before: Progress | None) -> Progress:
     ):  # fmt: skip
         return fresh
     if not before.finished and before.share == fresh.share and set(before.versions) & set(fresh.versions):
-        return before
+        return replace(before, damaged=())  # `again` finds it once more, if it is still so
     behind = before.start + (before.width if before.finished else before.reached)
     return replace(fresh, start=behind % ROUND if fresh.share < 1 else 0, again=before.again)
 
@@ -181,9 +177,18 @@ def look(units: Sequence[Unit], progress: Progress, *, threads: int = _THREADS) 
                 reached = progress.reached
                 if unit.name not in revisited:
                     reached = (unit.place - progress.start) % ROUND + 1
-                damaged = {damage.key: damage for damage in (*progress.damaged, *found)}
-                progress = replace(progress, reached=reached, again=tuple(again), damaged=tuple(damaged.values()))
+                damaged = merge((*progress.damaged, *found))
+                progress = replace(progress, reached=reached, again=tuple(again), damaged=damaged)
                 yield unit, progress
+
+
+def merge(damaged: Iterable[Damage]) -> tuple[Damage, ...]:
+    """One damage per object, with all versions that need it, in order of key."""
+    found: dict[str, Damage] = {}
+    for each in damaged:
+        versions = (*found[each.key].versions, *each.versions) if each.key in found else each.versions
+        found[each.key] = replace(each, versions=tuple(sorted(set(versions))))
+    return tuple(found[key] for key in sorted(found))
 
 
 def still_there(damaged: Iterable[Damage], view: LogView) -> tuple[Damage, ...]:

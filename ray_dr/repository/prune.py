@@ -131,15 +131,15 @@ def execute(
         waiting = tuple(each for each in (*seen.pending, *dropped) if each.until > at)
         kept = tuple(verdict.manifest for verdict in plan.keep)
         if not (plan.drop or gone) or log.keep(kept, term=term, seen=seen, pending=waiting):
-            all_of_it = seen.tail % SWEEP_EVERY < 2 if whole is None else whole  # the log grows by one or two per checkpoint
+            all_of_it = (
+                seen.tail % SWEEP_EVERY < 2 if whole is None else whole
+            )  # the log grows by one or two per checkpoint
             removed = _remove(store, job, kept, gone, all_of_it, [each.manifest for each in waiting])
             return Pruned(plan, *removed, swept=all_of_it, pending=waiting)
     raise StoreUnavailable("the commit log grows faster than it can be pruned", key=job)
 
 
-def sweep(
-    store: Store, job: str, kept: Sequence[Manifest], *, waiting: Sequence[Manifest] = ()
-) -> tuple[int, int]:
+def sweep(store: Store, job: str, kept: Sequence[Manifest], *, waiting: Sequence[Manifest] = ()) -> tuple[int, int]:
     """Remove everything that no checkpoint can name any more: how many (part lists, chunks).
 
     `kept` are the checkpoints that exist at some point of the log, the present one or an earlier; `waiting` do not exist any

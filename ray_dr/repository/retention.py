@@ -62,7 +62,9 @@ def _wanted(newest_first: Sequence[Manifest], keep: Keep) -> Iterator[tuple[Vers
         yield manifest.version, f"number {number} of the last {last}"
     yield from _spread(newest_first, keep.hourly, "hour", lambda at: int(at // HOUR_S))
     yield from _spread(newest_first, keep.daily, "day", lambda at: int(at // DAY_S))
-    yield from _spread(newest_first, keep.weekly, "week", lambda at: int(at // DAY_S + 3) // 7)  # 1970 began on a Thursday
+    yield from _spread(
+        newest_first, keep.weekly, "week", lambda at: int(at // DAY_S + 3) // 7
+    )  # 1970 began on a Thursday
     since = max(manifest.created_at for manifest in newest_first) - keep.within_s
     for manifest in newest_first:
         if keep.within_s and manifest.created_at >= since:
