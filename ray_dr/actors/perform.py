@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, assert_never
 from ray_dr.actors import cluster
 from ray_dr.actors.watch import Watch
 from ray_dr.checkpoint.pace import first_cadence
-from ray_dr.errors import ClusterError, Fenced, StoreError
+from ray_dr.errors import CheckpointError, ClusterError, Fenced, StoreError
 from ray_dr.model import codec
 from ray_dr.model.attempt import Assignment, Cadence, Origin
 from ray_dr.model.checkpoint import Held, VersionId
@@ -433,7 +433,7 @@ class Performer:
             prune.execute(
                 self._host.store, self._host.log, self._job.name, keep=self._job.store.keep, term=self._host.term
             )
-        except StoreError as error:
+        except (StoreError, CheckpointError, Fenced) as error:
             self._host.note("store.unavailable", error=str(error), store=self._host.store.url)
 
     # -- adoption

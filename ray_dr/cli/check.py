@@ -79,6 +79,7 @@ def command(
     progress = begin(fresh, before)
     inventory = take_inventory(found.store, found.name, view, progress.versions)
     units = _units(found, level, inventory)
+    progress = replace(progress, again=tuple({*progress.again} & {unit.name for unit in units}))
     due = stretch(units, progress)
     resumed = progress.reached > 0
     with Live() as live:

@@ -102,7 +102,8 @@ def begin(fresh: Progress, before: Progress | None) -> Progress:
     ):  # fmt: skip
         return fresh
     if not before.finished and before.share == fresh.share and set(before.versions) & set(fresh.versions):
-        return replace(before, damaged=())  # `again` finds it once more, if it is still so
+        left = tuple(version for version in before.versions if version in fresh.versions)
+        return replace(before, versions=left, damaged=())  # `again` finds it once more, if it is still so
     behind = before.start + (before.width if before.finished else before.reached)
     return replace(fresh, start=behind % ROUND if fresh.share < 1 else 0, again=before.again)
 

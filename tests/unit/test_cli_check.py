@@ -13,11 +13,14 @@ from ray_dr.checkpoint import trial
 from ray_dr.checkpoint.restore_plan import plan_restore
 from ray_dr.checkpoint.save_plan import Leaf, plan_save
 from ray_dr.cli.main import main
+from ray_dr.errors import StoreUnavailable
 from ray_dr.model.checkpoint import Box, Chunk, Part, VersionId
-from ray_dr.repository import check
+from ray_dr.model.job import Keep
+from ray_dr.repository import check, prune
 from ray_dr.repository.commit import CommitLog
 from ray_dr.repository.layout import chunks_prefix, log_key, parts_prefix
 from ray_dr.stores.disk import FileStore
+from ray_dr.stores.faulty import FaultyStore
 from tests.unit import stored_life
 from tests.unit.stored_life import NAME
 
@@ -254,3 +257,33 @@ def test_a_damaged_log_is_not_pruned(store: FileStore) -> None:
     result = call(store, "prune", "--keep", "last=1", "--yes")
     assert result.exit_code == 1
     assert "the commit log is damaged (entry 3)" in result.stderr
+
+
+# -------------------------------------------------------------------------------------------- what is not damage
+
+
+def units_of(store: FaultyStore, level: str) -> list[check.Unit]:
+    inventory = check.take_inventory(store, NAME, CommitLog(store, NAME).refresh())
+    if level == "hashes":
+        return check.chunk_units(store, NAME, inventory)
+    return [u for version, parts in inventory.parts.items() for u in trial.trial_units(store, NAME, version, parts)]
+
+
+@pytest.mark.parametrize("level", ["hashes", "restore"])
+def test_a_store_that_cannot_be_reached_is_no_damage(store: FileStore, level: str) -> None:
+    faulty = FaultyStore(store)
+    units = units_of(faulty, level)
+    for operation in ("get", "readinto"):
+        faulty.fail(operation, times=1000)
+    with pytest.raises(StoreUnavailable):
+        units[0].look()
+
+
+def test_a_checkpoint_that_is_dropped_meanwhile_is_no_damage(store: FileStore) -> None:
+    faulty = FaultyStore(store)
+    units = units_of(faulty, "hashes")
+    log = CommitLog(store, NAME)
+    prune.execute(store, log, NAME, keep=Keep(1), term=None, whole=True)
+    found = [damage for unit in units for damage in unit.look()]
+    assert found
+    assert check.still_there(found, log.refresh()) == ()
