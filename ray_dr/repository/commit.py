@@ -125,8 +125,9 @@ def extend(view: LogView, entry: Entry | None) -> LogView:
         case TermEntry():
             return replace(view, term=max(view.term, entry.term))
         case CheckpointEntry() if entry.manifest.term >= view.term:
-            newest = max(view.newest or entry.manifest.version, entry.manifest.version)
-            return replace(view, checkpoints=(*view.checkpoints, entry.manifest), settled=view.tail, newest=newest)
+            version = entry.manifest.version
+            known = (*view.checkpoints, entry.manifest)
+            return replace(view, checkpoints=known, settled=view.tail, newest=max(view.newest or version, version))
         case KeptEntry() if entry.term >= view.term and entry.highest >= view.term:
             newest = entry.newest or max((left.version for left in entry.manifests), default=view.newest)
             return LogView(

@@ -32,7 +32,7 @@ from ray_dr.stores.memory import MemoryStore
 
 JOB = "j"
 CUT = 64
-STRIDE = 5
+STRIDE = 3
 """Of the whole way from the log to the tensors, so many bytes apart; each object's reader meets every bit."""
 SHAPES = {"a": (8,), "b": (12, 2)}
 Objects = Mapping[str, bytes]
