@@ -195,7 +195,7 @@ def _tell(progress: Progress, inventory: Inventory, damaged: Sequence[Damage], r
     if not progress.versions:
         click.echo("no checkpoint is committed")
     rows = [
-        (version.step, version.attempt, f"{len(bad)} objects damaged" if (bad := _of(damaged, version)) else "whole")
+        (version.step, version.attempt, f"damaged ({len(bad)})" if (bad := _of(damaged, version)) else "whole")
         for version in progress.versions
     ]
     click.echo(table(("step", "attempt", progress.level), rows, right=(0, 1)))

@@ -48,9 +48,7 @@ def plan_prune(manifests: Sequence[Manifest], keep: Keep, damaged: Mapping[Versi
         wanted.setdefault(version, []).append(reason)
     kept = tuple(Verdict(each, "; ".join(wanted[each.version])) for each in good if each.version in wanted)
     dropped = tuple(
-        Verdict(each, bad.get(each.version) or f"no rule wants it: {len(kept)} others are kept")
-        for each in manifests
-        if each.version not in wanted
+        Verdict(each, bad.get(each.version) or "no rule wants it") for each in manifests if each.version not in wanted
     )
     return PrunePlan(kept, dropped)
 

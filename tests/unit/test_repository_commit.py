@@ -12,7 +12,7 @@ import pytest
 from ray_dr.errors import AlreadyExists, Fenced, StoreError, StoreUnavailable
 from ray_dr.model.checkpoint import Manifest, PartRef, VersionId
 from ray_dr.repository.commit import CommitLog, KeptEntry, TermEntry, decode, encode
-from ray_dr.repository.layout import log_key
+from ray_dr.repository.layout import log_key, mark_key
 from ray_dr.stores.base import Buffer, Entry, Store, Traits
 from ray_dr.stores.faulty import FaultyStore
 from ray_dr.stores.memory import MemoryStore
@@ -365,3 +365,48 @@ def test_a_taken_number_is_never_overwritten() -> None:
     CommitLog(store, JOB).take_term("a", 1.0)
     with pytest.raises(AlreadyExists):
         store.put(log_key(JOB, 1), b"x", if_absent=True)
+
+
+def test_a_mark_tells_that_last_entries_are_lost_and_no_term_is_given_twice() -> None:
+    store = MemoryStore()
+    log = CommitLog(store, JOB)
+    log.take_term("a", 1.0)
+    log.mark()
+    log.commit(manifest(1, term=1))
+    log.take_term("b", 2.0)
+    log.mark()
+    assert [entry.key for entry in store.list("") if entry.size == 0] == [mark_key(JOB, 3)]
+    for number in (2, 3):
+        store.delete(log_key(JOB, number))
+    view = CommitLog(store, JOB).refresh()
+    assert (view.tail, view.checkpoints, view.doubtful) == (3, (), (2, 3))
+    assert CommitLog(store, JOB).take_term("c", 3.0) > 2
+
+
+def test_doubt_ends_with_the_next_checkpoint_and_damage_with_the_next_kept_entry() -> None:
+    store = MemoryStore()
+    log = CommitLog(store, JOB)
+    log.take_term("a", 1.0)
+    log.commit(manifest(1, term=1))
+    log.commit(manifest(2, term=1))
+    store.put(log_key(JOB, 3), store.get(log_key(JOB, 2)))
+    assert CommitLog(store, JOB).refresh().doubtful == (3,)
+    again = CommitLog(store, JOB)
+    again.commit(manifest(3, term=1))
+    assert (again.refresh().doubtful, again.refresh().unread) == ((), (3,))
+    assert again.keep(again.checkpoints(), term=1, seen=again.refresh())
+    view = CommitLog(store, JOB).refresh()
+    assert (view.unread, view.damaged) == ((), 1)
+    assert steps(again) == [(1, 1), (1, 3)]
+
+
+@pytest.mark.parametrize("fold", [True, False])
+def test_a_version_older_than_one_that_was_struck_is_refused(fold: bool) -> None:
+    store = MemoryStore()
+    log = CommitLog(store, JOB)
+    log.take_term("a", 1.0)
+    for step in (1, 5):
+        log.commit(manifest(step, term=1))
+    assert log.keep(log.checkpoints()[:1], term=1, seen=log.refresh())
+    with pytest.raises(StoreError, match="not newer"):
+        (CommitLog(store, JOB) if fold else log).commit(manifest(3, term=1))
