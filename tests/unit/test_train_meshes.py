@@ -91,6 +91,7 @@ def hold(ctx: Context) -> dict[str, Any]:
         pass
     cuts = {type(place).__name__ for p in model.parameters() if isinstance(p, DTensor) for place in p.placements}
     leaf = describe("w", model[0].weight, ctx.world.rank, ctx.world.size).leaf
+    dist.barrier()  # a rank that leaves early closes sockets that others may still be opening
     return {"tensors": whole_tensors(ctx, state.objects), "wrote": written[-1], "cuts": cuts, "leaf": leaf}
 
 

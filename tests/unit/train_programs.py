@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import multiprocessing
 import os
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection as Pipe
@@ -50,6 +51,7 @@ class Ranks:
         self.agent = Agent("node-a", "127.0.0.1", store_url, TOKEN)
         self._store_url = store_url
         self._numbers = itertools.count(1)
+        self._attempt = 0
         self._pipes: list[Pipe] = []
         self._processes = []
         for _ in range(count):
@@ -64,7 +66,7 @@ class Ranks:
     def play(self, world: int, program: Program, *, origin: Origin | None = None, deterministic: bool = False,
              cadence: Cadence = SELDOM, seed: int = 0, **settings: Any) -> list[Any]:  # fmt: skip
         """Each rank's result, by rank. Raises RankError with the first rank's exception."""
-        attempt = next(self._numbers)
+        attempt = self._attempt = next(self._numbers)
         for rank in range(world):
             assignment = Assignment(
                 "job", attempt, 1, f"worker-{attempt}-{rank}", rank, world, rank, self._rendezvous[0],
@@ -79,8 +81,14 @@ class Ranks:
 
     def newest(self, world: int) -> Origin:
         """The newest version the agent holds, to go on from."""
-        assert self.agent.writer.settle(GUARD_S)
-        version = max(held.version for held in self.agent.vault.held())
+        deadline = time.monotonic() + GUARD_S
+        while True:  # what the ranks sent last may still be on its way to the agent
+            assert self.agent.writer.settle(GUARD_S)
+            held = self.agent.vault.held()
+            version = max(one.version for one in held)
+            if version.attempt == self._attempt and sum(one.version == version for one in held) == world:
+                break
+            assert time.monotonic() < deadline, f"not all {world} parts of {version} arrived"
         self.agent.vault.begin(version)
         return Origin(version, world, {str(rank): (self.agent.address,) for rank in range(world)})
 
