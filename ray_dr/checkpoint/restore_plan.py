@@ -17,6 +17,8 @@ from dataclasses import dataclass, replace
 from ray_dr.errors import CheckpointError
 from ray_dr.model.checkpoint import DTYPE_BYTES, Box, Chunk, Part, Shard
 
+Piece = tuple[tuple[int, ...], tuple[int, ...]]
+"""(offsets, lengths) in the whole tensor."""
 Described = tuple[tuple[int, tuple[Shard, ...]], ...]
 PLANS_KEPT = 4
 """Plans remembered: a process restores the same state again after a failure elsewhere."""
@@ -168,22 +170,40 @@ def _fill(index: Index, wanted: Box) -> Iterator[Read]:
     if wanted.size == 0:
         return
     seen: set[Box] = set()
+    pieces: list[Piece] = []
     covered = 0
     for rank, shard in index.shards.get(wanted.name, ()):
         piece = _intersection(shard.box, wanted)
         if piece is None or shard.box in seen:
             continue
         seen.add(shard.box)
+        pieces.append(piece)
         covered += math.prod(lengths := piece[1]) * DTYPE_BYTES[wanted.dtype]
         yield from _reads(rank, shard, wanted, piece[0], lengths)
-    if covered != wanted.size:
+    if covered != wanted.size or not _disjoint(pieces):
         raise CheckpointError(
             f"{wanted.name}{_place(wanted)}: the saved boxes cover {covered} of {wanted.size} bytes, "
             "so the checkpoint's parts are incomplete or overlap"
         )
 
 
-def _intersection(saved: Box, wanted: Box) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+def _disjoint(pieces: Sequence[Piece]) -> bool:
+    """Whether no two pieces share an element: each is compared with those it meets along the dim that is cut most."""
+    if len(pieces) < 2:
+        return True
+    dim = max(range(len(pieces[0][0])), key=lambda dim: len({offsets[dim] for offsets, _ in pieces}))
+    met: list[Piece] = []
+    for offsets, lengths in sorted(pieces, key=lambda piece: piece[0][dim]):
+        met = [piece for piece in met if piece[0][dim] + piece[1][dim] > offsets[dim]]
+        for other, extents in met:
+            apart = (a + n <= b or b + m <= a for a, n, b, m in zip(offsets, lengths, other, extents, strict=True))
+            if not any(apart):
+                return False
+        met.append((offsets, lengths))
+    return True
+
+
+def _intersection(saved: Box, wanted: Box) -> Piece | None:
     """(offsets, lengths) of the common piece; None when there is none or the tensors are not the same."""
     if (saved.dtype, saved.global_shape) != (wanted.dtype, wanted.global_shape):
         return None

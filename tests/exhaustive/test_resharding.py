@@ -18,7 +18,8 @@ from ray_dr.checkpoint.mesh import Cut, held
 from ray_dr.checkpoint.reader import MemorySource, read_state
 from ray_dr.checkpoint.restore_plan import needed_chunks, plan_restore
 from ray_dr.checkpoint.save_plan import Leaf, plan_save
-from ray_dr.model.checkpoint import Box, Chunk, Part, VersionId
+from ray_dr.errors import CheckpointError
+from ray_dr.model.checkpoint import Box, Chunk, Part, Shard, VersionId
 
 CHUNK = 96
 SHAPES = {"weight": (9, 7), "cube": (2, 5, 3), "bias": (10,), "wide": (1, 61), "step": ()}
@@ -127,6 +128,18 @@ def test_the_replicas_of_a_mesh_share_its_writing() -> None:
     for first in range(3):  # the four ranks that hold the same shards
         alike = loads[first::3]
         assert max(alike) <= 1.05 * min(alike)
+
+
+@pytest.mark.parametrize("cut", ["rows", "columns"])
+def test_parts_that_overlap_are_never_taken_for_a_whole_tensor(cut: str) -> None:
+    across = cut == "columns"
+    spans = [(0, 4), (2, 4)]  # 8 of 8 in sum, and 6:8 is nowhere
+    parts = []
+    for rank, (at, size) in enumerate(spans):
+        box = Box("w", "int8", (8, 8), (0, at) if across else (at, 0), (8, size) if across else (size, 8))
+        parts.append(Part(VersionId(1, 1), rank, 2, box.size, (Shard(box, 0),), ()))
+    with pytest.raises(CheckpointError, match=r"w\[0:8, 0:8\]: the saved boxes cover 64 of 64 bytes.*overlap"):
+        plan_restore(parts, [Box("w", "int8", (8, 8), (0, 0), (8, 8))])
 
 
 def test_a_second_restore_of_the_same_shapes_plans_nothing_anew() -> None:
