@@ -6,6 +6,8 @@ reuses, and from there, once it is known to be good, to its places.
 
 from __future__ import annotations
 
+import bisect
+import functools
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
@@ -55,7 +57,7 @@ class MemorySource:
         copy_into(into, self.buffer[start : start + into.nbytes])
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class StoreSource:
     """A part's stream as chunks of a job in a store. `part` was read there: it says which saves put its chunks."""
 
@@ -69,9 +71,17 @@ class StoreSource:
         """The store's URL."""
         return self.store.url
 
+    @functools.cached_property
+    def _placed(self) -> tuple[list[Chunk], list[int]]:
+        """Chunks in order of place, and their places: a part has too many to look through for each read."""
+        chunks = sorted(self.part.chunks, key=lambda chunk: chunk.at)
+        return chunks, [chunk.at for chunk in chunks]
+
     def read(self, rank: int, start: int, into: memoryview) -> None:
         """Fill `into` from the chunks that hold the run."""
-        for chunk in self.part.chunks:
+        chunks, starts = self._placed
+        number = max(bisect.bisect_right(starts, start) - 1, 0)
+        for chunk in chunks[number : bisect.bisect_left(starts, start + into.nbytes)]:
             first, last = max(start, chunk.at), min(start + into.nbytes, chunk.at + chunk.size)
             if first < last:
                 piece = into[first - start : last - start]
