@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
@@ -20,6 +21,7 @@ from ray_dr.errors import UnsupportedState
 from ray_dr.model.checkpoint import DTYPE_BYTES, Box
 
 LEAVES_KEPT = 65_536
+PLAIN_DTYPES = frozenset(getattr(torch, name) for name in DTYPE_BYTES if hasattr(torch, name))
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +62,7 @@ def same_memory(tensor: torch.Tensor) -> tuple[Any, ...] | None:
     if _refusal(tensor) or not tensor.numel():
         return None
     seen = (tensor.is_conj(), tensor.is_neg())
-    return (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.device, *seen, *placed)
+    return (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device, seen, placed)
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
@@ -78,6 +80,9 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
 
 def _refusal(tensor: torch.Tensor) -> tuple[str, str] | None:
     """(what it is, what to do instead) for a tensor that is not a dense block of plain elements."""
+    ordinary = type(tensor) in (torch.Tensor, nn.Parameter) and tensor.layout is torch.strided and not tensor.is_meta
+    if ordinary and tensor.dtype in PLAIN_DTYPES:
+        return None
     if is_lazy(tensor):
         return "an uninitialised parameter of a lazy module", "run one forward pass first"
     made_of_others: bool = is_traceable_wrapper_subclass(tensor)

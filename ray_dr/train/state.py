@@ -52,7 +52,7 @@ class _Gathered:
     rank: int
     world: int
     tensors: dict[str, Local] = field(default_factory=dict)
-    _names: dict[Any, str] = field(default_factory=dict)
+    _at: dict[int, list[tuple[str, torch.Tensor, bool]]] = field(default_factory=dict)
 
     def add(self, name: str, tensor: torch.Tensor, *, whole: bool = False) -> None:
         """whole   rank 0's tensor is the one that counts"""
@@ -60,11 +60,22 @@ class _Gathered:
             raise UnsupportedState(f"{name}: two tensors of the state have this name (rename one of them)")
         local = describe(name, tensor, self.rank, self.world)
         whole = whole and not isinstance(tensor, DTensor)
-        key = (same_memory(tensor), whole)
-        first = self._names.setdefault(key, name) if key[0] else name
-        if whole or first != name:
-            local = Local(local.tensor, replace(local.leaf, whole=whole, same_as=first if first != name else ""))
+        first = self._first_of(name, tensor, whole, local.tensor.data_ptr())
+        if whole or first:
+            local = Local(local.tensor, replace(local.leaf, whole=whole, same_as=first))
         self.tensors[name] = local
+
+    def _first_of(self, name: str, tensor: torch.Tensor, whole: bool, address: int) -> str:
+        """The name under which the same memory was added before; empty when this is the first."""
+        if not address:
+            return ""
+        there = self._at.setdefault(address, [])
+        mine = same_memory(tensor) if there else None
+        for other, held, as_whole in there:
+            if as_whole == whole and mine is not None and same_memory(held) == mine:
+                return other
+        there.append((name, tensor, whole))
+        return ""
 
 
 def flatten(objects: Objects, *, rank: int, world: int) -> Flat:
