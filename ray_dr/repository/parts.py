@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from blake3 import blake3
 
@@ -14,8 +15,13 @@ from ray_dr.stores.base import Store
 
 
 def encode_part(part: Part) -> bytes:
-    """The object's bytes: JSON in ASCII, the mappings of the state in their own order."""
-    return json.dumps(to_json(part), separators=(",", ":")).encode()
+    """The object's bytes: JSON in ASCII, keys sorted, but for the state's own mappings: those keep their order."""
+    fields = sorted(to_json(part).items())
+    return ("{" + ",".join(f'"{name}":{_text(value, name)}' for name, value in fields) + "}").encode()
+
+
+def _text(value: Any, field: str) -> str:
+    return json.dumps(value, sort_keys=field != "scalars", separators=(",", ":"))
 
 
 def write_part(store: Store, job: str, part: Part, *, term: int, base: str = "") -> PartRef:

@@ -112,7 +112,7 @@ def _buffers(target: Target) -> tuple[dict[Box, memoryview], list[tuple[torch.Te
     is copied over afterwards: (buffers, [(tensor, staged)])."""
     buffers: dict[Box, memoryview] = {}
     late: list[tuple[torch.Tensor, torch.Tensor]] = []
-    for local, box in _wanted(target):
+    for local, box in wanted(target):
         tensor = local.tensor
         shared = local.leaf.name in target.shared
         if tensor.is_cuda or shared or not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg():
@@ -125,7 +125,8 @@ def _buffers(target: Target) -> tuple[dict[Box, memoryview], list[tuple[torch.Te
     return buffers, late
 
 
-def _wanted(target: Target) -> Iterator[tuple[Local, Box]]:
+def wanted(target: Target) -> Iterator[tuple[Local, Box]]:
+    """This rank's boxes that have elements, each with its tensor."""
     for local in target.locals:
         for box in local.leaf.boxes:
             if box.size:

@@ -32,7 +32,9 @@ from ray_dr.train.leaves import Local as Local
 from ray_dr.train.leaves import as_bytes as as_bytes
 from ray_dr.train.leaves import bytes_of as bytes_of
 from ray_dr.train.leaves import describe, same_memory
-from ray_dr.train.values import decode, encode, tensors_in
+from ray_dr.train.values import decode as decode
+from ray_dr.train.values import encode as encode
+from ray_dr.train.values import tensors_in
 
 Objects = Mapping[str, Any]
 
@@ -120,8 +122,10 @@ def unwrap(module: nn.Module) -> nn.Module:
 class Target:
     """Where a checkpoint is to go: buffers for every wanted tensor of this rank, made before anything is overwritten.
 
-    `boxes` and `buffers` are what the reader fills; `apply` then hands the values over to objects that keep them
-    elsewhere. Raises IncompatibleState, listing every difference, when the checkpoint is of another program.
+    `locals` are what the reader fills; `apply` then hands the values over to objects that keep them elsewhere. Until
+    then nobody has seen those that are `fresh` (by name); the others are the objects' own. Tensors that are `shared` (by
+    name) lie over each other in memory: they are to be read into memory of their own, put there, and copied in order.
+    Raises IncompatibleState, listing every difference, when the checkpoint is of another program.
     """
 
     def __init__(self, objects: Objects, saved: Index, scalars: Mapping[str, Any], *, rank: int, world: int) -> None:
@@ -130,6 +134,7 @@ class Target:
         self._wanted = _Gathered(rank, world)
         self._copies: list[tuple[nn.Module, dict[str, torch.Tensor]]] = []
         self._loose: dict[str, torch.Tensor] = {}
+        self.fresh: set[str] = set()
         self._optimizer_state: list[tuple[torch.optim.Optimizer, torch.Tensor, dict[str, torch.Tensor]]] = []
         for name, value in objects.items():
             if isinstance(value, nn.Module):
@@ -215,6 +220,8 @@ class Target:
             for key in keys_of.get(label, ()):
                 path = f"{name}/state/{label}/{key}"
                 held = optimizer.state.get(parameter, {}).get(key)
+                if not isinstance(held, torch.Tensor):
+                    self.fresh.add(path)
                 state[key] = held if isinstance(held, torch.Tensor) else self._blank(path, key, parameter, group)
                 self._want(path, state[key])
             self._optimizer_state.append((optimizer, parameter, state))
@@ -238,6 +245,7 @@ class Target:
             else:
                 tensor = torch.empty(box.global_shape, dtype=getattr(torch, box.dtype))
             self._loose[path] = tensor
+            self.fresh.add(path)
             self._want(path, tensor)
 
     def _apply_scalars(self, name: str, optimizer: torch.optim.Optimizer) -> None:

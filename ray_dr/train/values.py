@@ -11,6 +11,7 @@ JSON has no form for:
     {"$float": "inf"}            inf, -inf, nan; any other NaN by the 16 hex digits of its bits
     {"$int": "-0x..."}           an integer beyond 64 bits
     {"$complex": [re, im]}       a complex number
+    {"$bytes": "6279..."}        bytes, in hex
 
 The same tensor or array in two places has one name, and is one again when it is loaded.
 """
@@ -54,6 +55,8 @@ def decode(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
             return struct.unpack(">d", bytes.fromhex(text))[0] if len(text) == len(NAN) else float(text)
         case {"$int": text}:
             return int(text, 16)
+        case {"$bytes": text}:
+            return bytes.fromhex(text)
         case {"$complex": [real, imaginary]}:
             return complex(decode(real, tensors), decode(imaginary, tensors))
         case {"$counter": pairs}:
@@ -98,6 +101,8 @@ def _encode(
         return value if -(2**63) <= value < 2**64 else {"$int": hex(value)}
     if kind is float:
         return _float(value)
+    if kind is bytes:
+        return {"$bytes": value.hex()}
     if kind is complex:
         return {"$complex": [_float(value.real), _float(value.imag)]}
     if isinstance(value, torch.Tensor):

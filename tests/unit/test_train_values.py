@@ -44,7 +44,7 @@ def read_bits(hexadecimal: str) -> float:
 
 
 PLAIN = (
-    st.none() | st.booleans() | st.integers() | st.text() | st.complex_numbers(allow_nan=False)
+    st.none() | st.booleans() | st.binary() | st.integers() | st.text() | st.complex_numbers(allow_nan=False)
     | st.floats(allow_nan=False)
 )  # fmt: skip
 KEYS = st.text() | st.integers() | st.none() | st.tuples(st.integers(), st.text()) | st.just("$tensor")
@@ -292,7 +292,6 @@ class Flat(FullyShardedDataParallel):
 
 REFUSED: dict[str, tuple[Any, str]] = {
     "set": (lambda: Bag({"a": [{1}]}), r"x/a/0: a set cannot be stored without pickle \(keep tensors"),
-    "bytes": (lambda: Bag({"a": b"x"}), "x/a: a bytes cannot be stored"),
     "deque": (lambda: Bag({"a": deque([1])}), "x/a: a deque cannot be stored"),
     "enum": (lambda: Bag({"a": (Colour.RED,)}), "x/a/0: a Colour cannot be stored"),
     "type": (lambda: Bag({"a": {"b": torch.float32}}), "x/a/b: a dtype cannot be stored"),
