@@ -14,8 +14,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
+from ray_dr.checkpoint.save_plan import plan_save
 from ray_dr.train.context import Context
 from ray_dr.train.leaves import describe
+from ray_dr.train.state import flatten
 from tests.unit.train_programs import RankError, Ranks, whole_tensors
 
 pytestmark = pytest.mark.slow
@@ -95,6 +97,22 @@ def hold(ctx: Context) -> dict[str, Any]:
     return {"tensors": whole_tensors(ctx, state.objects), "wrote": written[-1], "cuts": cuts, "leaf": leaf}
 
 
+def hold_tied(ctx: Context) -> tuple[list[list[float]], bool, int]:
+    """Tied layers, fully sharded: their weight, whether they are tied, and the bytes of every rank's part."""
+    torch.manual_seed(int(ctx.settings["start"]))
+    model = nn.Sequential(nn.Linear(7, 7, bias=False), nn.Linear(7, 7, bias=False))
+    model[1].weight = model[0].weight
+    fully_shard(model, mesh=mesh_of(dist.get_world_size()))
+    state = ctx.restore(model=model)
+    flat = flatten(state.objects, rank=ctx.world.rank, world=ctx.world.size)
+    size = plan_save([local.leaf for local in flat.tensors.values()], rank=ctx.world.rank, world=ctx.world.size).size
+    for _ in ctx.steps(state, until=state.step + 1):
+        pass
+    weights = [layer.weight.full_tensor().tolist() for layer in model]
+    dist.barrier()
+    return weights[0], weights[0] == weights[1], size
+
+
 KINDS = ("plain", "fsdp", "hsdp", "fsdp tp", "columns", "grid", "rows twice", "columns of replicas")
 
 
@@ -123,6 +141,13 @@ def test_fully_sharded_tensor_parallel_layers_are_strided_and_still_one_box(rank
     results = ranks.play(4, hold, kind="fsdp tp", start=1)
     assert "_StridedShard" in results[0]["cuts"]
     assert [result["leaf"].boxes[0].offsets for result in results] == [(0, 0), (4, 0), (2, 0), (6, 0)]
+
+
+def test_tied_layers_that_are_fully_sharded_are_written_once_and_stay_tied(ranks: Ranks) -> None:
+    saved = ranks.play(3, hold_tied, start=1)
+    assert sum(size for _, _, size in saved) == 7 * 7 * 4
+    for found in ranks.play(2, hold_tied, start=2, origin=ranks.newest(3)):
+        assert found[:2] == (saved[0][0], True)
 
 
 def test_the_replicas_of_a_hybrid_mesh_share_the_writing(ranks: Ranks) -> None:
