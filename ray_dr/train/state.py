@@ -201,8 +201,11 @@ class Target:
 
     def _check_shared(self) -> None:
         for local in self._locals:
-            staged = self.shared.get(local.leaf.name)
-            if staged is not None and not torch.equal(as_bytes(local.tensor), as_bytes(staged).to(local.tensor.device)):
+            if local.leaf.name not in self.shared:
+                continue
+            staged = self.shared[local.leaf.name]
+            assert staged is not None, f"{local.leaf.name}: shares memory, and was not read into memory of its own"
+            if not torch.equal(as_bytes(local.tensor), as_bytes(staged).to(local.tensor.device)):
                 raise CheckpointError(
                     f"{local.leaf.name}: shares memory with another tensor of the program, and the checkpoint has "
                     "different values for them (give them memory of their own, as the program had that saved them)"
