@@ -33,8 +33,9 @@ def command() -> None:
 def check(url: str, count: int, as_json: bool) -> None:
     """Try out a bucket or a directory: conditional writes, consistency, ranges, parts, checksums, latency, throughput.
 
-    Works in a folder of its own below probe/, which is removed afterwards, also after an error or Ctrl-C. Sends about
-    40 MB besides --bytes. Exit status 1 when something does not hold that commits or data rest on.
+    Works in a folder of its own below probe/, which is removed afterwards, also after an error or Ctrl-C (a versioned
+    bucket keeps the old versions). Sends about 50 MB besides --bytes. Exit status 1 when something does not hold that
+    commits or data rest on.
     """
     try:
         store = open_store(url, part_bytes=PART_BYTES)
