@@ -26,10 +26,14 @@ from ray_dr.errors import ConfigError, JobFailed, RayDrError
 if TYPE_CHECKING:
     from ray_dr.actors.launch import Outcome, run
     from ray_dr.train.context import Context
+    from ray_dr.train.standalone import load, save, save_async
 
-__all__ = ["ConfigError", "Context", "JobFailed", "Outcome", "RayDrError", "errors", "run"]
+__all__ = ["ConfigError", "Context", "JobFailed", "Outcome", "RayDrError", "errors", "load", "run", "save", "save_async"]
 
-_HOMES = {"run": "ray_dr.actors.launch", "Outcome": "ray_dr.actors.launch", "Context": "ray_dr.train.context"}
+_HOMES = {
+    "run": "ray_dr.actors.launch", "Outcome": "ray_dr.actors.launch", "Context": "ray_dr.train.context",
+    "save": "ray_dr.train.standalone", "save_async": "ray_dr.train.standalone", "load": "ray_dr.train.standalone",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -12,8 +12,9 @@ from typing import Any, TypeVar
 import click
 
 from ray_dr import config
+from ray_dr.checkpoint.direct import find_version
 from ray_dr.checkpoint.reader import StoreSource
-from ray_dr.errors import CheckpointError, ConfigError, NoCheckpoint, StoreError
+from ray_dr.errors import ConfigError, StoreError
 from ray_dr.model.checkpoint import Manifest, Part
 from ray_dr.model.job import Job
 from ray_dr.model.journal import Record
@@ -55,23 +56,8 @@ class StoredJob:
         return self.log().checkpoints
 
     def checkpoint(self, step: int | None = None) -> Manifest:
-        """The newest committed checkpoint, or the newest of those at `step`. Raises NoCheckpoint, naming the others;
-        CheckpointError when which is the newest can't be told, as the log is damaged."""
-        view = self.log()
-        found = view.checkpoints
-        if view.doubtful and step is None:
-            newest = f"step {found[-1].version.step}" if found else "none"
-            raise CheckpointError(
-                f"entry {view.doubtful[-1]} of the commit log of job {self.name} is damaged or missing, so a newer "
-                f"checkpoint may be lost; the newest that is known: {newest} (to take an older one, name its step)"
-            )
-        if not found:
-            raise NoCheckpoint(f"job {self.name} has no committed checkpoint in {self.store.url}")
-        wanted = [manifest for manifest in found if step in (None, manifest.version.step)]
-        if not wanted:
-            steps = ", ".join(str(manifest.version.step) for manifest in found)
-            raise NoCheckpoint(f"job {self.name} has no checkpoint of step {step}; there are: {steps}")
-        return wanted[-1]
+        """As `direct.find_version`."""
+        return find_version(self.store, self.name, step)
 
     def parts(self, manifest: Manifest) -> tuple[Part, ...]:
         """A checkpoint's part lists, verified, in rank order."""

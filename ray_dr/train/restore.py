@@ -42,6 +42,7 @@ def restore(a: Assignment, objects: Mapping[str, Any], token: bytes, store: Stor
         fetched = time.monotonic()
         for tensor, staged in late:
             tensor.copy_(staged)
+        target.check_shared()
         target.apply()
     finally:
         readers.close()

@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
+from ray_dr.checkpoint.nested import tensors_in
 from ray_dr.checkpoint.restore_plan import Index, compare
 from ray_dr.checkpoint.save_plan import Leaf
 from ray_dr.errors import CheckpointError, IncompatibleState, UnsupportedState
@@ -34,7 +35,6 @@ from ray_dr.train.leaves import bytes_of as bytes_of
 from ray_dr.train.leaves import describe, same_memory
 from ray_dr.train.values import decode as decode
 from ray_dr.train.values import encode as encode
-from ray_dr.train.values import tensors_in
 
 Objects = Mapping[str, Any]
 
@@ -159,11 +159,7 @@ class Target:
         return self._locals
 
     def apply(self) -> None:
-        """After the buffers were filled: put optimizer state, scalars and other objects' state in place.
-
-        Raises CheckpointError when tensors that share memory here do not agree in the checkpoint.
-        """
-        self._check_shared()
+        """After the buffers were filled: put optimizer state, scalars and other objects' state in place."""
         for module, tensors in self._copies:
             module.load_state_dict(tensors)
         for optimizer, parameter, state in self._optimizer_state:
@@ -199,7 +195,9 @@ class Target:
         )
         return mine == others
 
-    def _check_shared(self) -> None:
+    def check_shared(self) -> None:
+        """After every tensor has its values. Raises CheckpointError when tensors that share memory here do not agree in
+        the checkpoint."""
         for local in self._locals:
             if local.leaf.name not in self.shared:
                 continue

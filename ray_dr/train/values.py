@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 import struct
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -69,19 +69,6 @@ def decode(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
             return [decode(item, tensors) for item in value]
         case _:
             return value
-
-
-def tensors_in(value: Any) -> Iterator[str]:
-    """Names of the tensors that an encoded value refers to; one that is in several places comes as often."""
-    match value:
-        case {"$tensor": name} | {"$array": name}:
-            yield name
-        case dict():
-            for item in value.values():
-                yield from tensors_in(item)
-        case list():
-            for item in value:
-                yield from tensors_in(item)
 
 
 def _encode(

@@ -53,6 +53,7 @@ def load(saved: list[tuple[Part, memoryview]], objects: Objects) -> None:
     read_state(parts, buffers, sources, on_corrupt=lambda error: pytest.fail(str(error)))
     for tensor, staged in late:
         tensor.copy_(staged)
+    target.check_shared()
     target.apply()
 
 
