@@ -43,6 +43,8 @@ IMPURE_CALLS = ("open", "input", "print", "datetime.now", "datetime.utcnow", "da
 # URL says which variable holds its key.
 MAY_READ_ENVIRONMENT = ("config.py", "actors/local_cluster.py", "stores/keys.py")
 MAY_READ_YAML = ("yaml_text.py", "config.py", "actors/local_cluster.py")
+# An unpickler that calls nothing of what it reads, run in a process of its own.
+MAY_UNPICKLE = ("checkpoint/foreign_pickle.py",)
 BAD_FILE_NAMES = ("utils.py", "util.py", "helpers.py", "helper.py", "common.py", "misc.py", "base_impl.py")
 BAD_CLASS_ENDINGS = ("Manager", "Helper", "Util", "Utils", "Base", "Impl")
 MAX_LINES = 500
@@ -188,7 +190,7 @@ def test_nothing_stored_is_ever_unpickled() -> None:
     found = [
         where(path, node)
         for path in FILES
-        if part_of(path) not in ("actors",)
+        if part_of(path) not in ("actors",) and str(path.relative_to(PACKAGE)) not in MAY_UNPICKLE
         for name, node in imports(path)
         if name.split(".")[0] in ("pickle", "cloudpickle", "marshal", "shelve", "dill")
     ]

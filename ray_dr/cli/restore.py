@@ -1,9 +1,10 @@
-"""`ray-dr restore JOB --to FILE.safetensors`."""
+"""`ray-dr restore JOB --to FILE.safetensors`, or `--to FOLDER --as dcp`."""
 
 from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,9 +21,11 @@ from ray_dr.errors import CheckpointError, CorruptChunk
 @click.command("restore")
 @job_argument
 @click.option("--step", type=click.IntRange(min=0), help="Which checkpoint; without it, the newest.")
-@click.option("--to", "target", required=True, type=click.Path(path_type=Path, dir_okay=False), help="File to write.")
-def command(job: str, store: str | None, as_json: bool, step: int | None, target: Path) -> None:
-    """Write a committed checkpoint as one safetensors file, from the store alone. Every chunk is checked."""
+@click.option("--to", "target", required=True, type=click.Path(path_type=Path), help="File or folder to write.")
+@click.option("--as", "form", type=click.Choice(["safetensors", "dcp"]), default="safetensors", show_default=True,
+              help="One safetensors file, or a folder that torch.distributed.checkpoint loads.")  # fmt: skip
+def command(job: str, store: str | None, as_json: bool, step: int | None, target: Path, form: str) -> None:
+    """Write a committed checkpoint in another form, from the store alone. Every chunk is checked."""
     found = find_job(job, store)
     manifest = found.checkpoint(step)
     parts = found.parts(manifest)
@@ -32,7 +35,7 @@ def command(job: str, store: str | None, as_json: bool, step: int | None, target
         meter = Meter(live, total)
         sources = {part.rank: [Metered(found.source(part), meter)] for part in parts}
         try:
-            export_safetensors(target, parts, sources, on_corrupt=lambda error: _warn(live, error))
+            _export(form)(target, parts, sources, on_corrupt=lambda error: _warn(live, error))
         except OSError as error:
             raise CheckpointError(f"{target} cannot be written: {error.strerror or error}") from error
         live.clear()
@@ -43,6 +46,15 @@ def command(job: str, store: str | None, as_json: bool, step: int | None, target
                     "bytes": total, "took_s": took_s})  # fmt: skip
         return
     click.echo(f"step {version.step} of attempt {version.attempt}: {size(total)} in {duration(took_s)} -> {target}")
+
+
+def _export(form: str) -> Callable[..., dict[str, int]]:
+    """What writes the form; torch is imported for its own alone."""
+    if form == "safetensors":
+        return export_safetensors
+    from ray_dr.train.dcp import export_dcp
+
+    return export_dcp
 
 
 @dataclass(slots=True)
