@@ -73,7 +73,7 @@ class Held:
 
 
 class Disk:
-    """A folder for one way to save; emptied after every save."""
+    """A folder for one way to save; emptied before every save, so that all of them write into memory used before."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -89,6 +89,7 @@ class Ours:
 
     def __init__(self, disk: Disk, state: dict[str, torch.Tensor], *, encrypted: bool = False) -> None:
         os.environ["SAVE_KEY"] = KEY
+        self._disk = disk
         self._url = f"file://{disk.fresh()}{'?key=env:SAVE_KEY' if encrypted else ''}"
         context = multiprocessing.get_context("spawn")
         self._pipe, there = context.Pipe()
@@ -108,8 +109,13 @@ class Ours:
         assert taken is not None
         self._link._free.add(taken[0])
 
-    def save(self) -> None:
+    def prepare(self) -> None:
+        """Remove the older checkpoint's chunks, as retention does."""
         self._step += 1
+        for folder in (self._disk.folder / "jobs/save/chunks").glob("*"):
+            shutil.rmtree(folder)
+
+    def save(self) -> None:
         flat = flatten(self._objects, rank=0, world=1)
         plan = self._planner.plan(flat)
         taken = self._link.take_slot(plan.size, WAIT_S)
@@ -154,8 +160,12 @@ class TorchSave:
     def __init__(self, disk: Disk, state: dict[str, torch.Tensor]) -> None:
         self._disk, self._state = disk, state
 
+    def prepare(self) -> None:
+        """Make room."""
+        self._disk.fresh()
+
     def save(self) -> None:
-        with (self._disk.fresh() / "state.pt").open("wb") as sink:
+        with (self._disk.folder / "state.pt").open("wb") as sink:
             torch.save(self._state, sink)
             sink.flush()
             os.fsync(sink.fileno())
@@ -173,7 +183,7 @@ class Dcp(TorchSave):
     def save(self) -> None:
         import torch.distributed.checkpoint as dcp
 
-        writer = dcp.FileSystemWriter(self._disk.fresh(), thread_count=THREADS)
+        writer = dcp.FileSystemWriter(self._disk.folder, thread_count=THREADS)
         dcp.save(self._state, storage_writer=writer, no_dist=True)
 
 
@@ -193,7 +203,7 @@ class DcpAsync(TorchSave):
     def save(self) -> None:
         import torch.distributed.checkpoint as dcp
 
-        writer = dcp.FileSystemWriter(self._disk.fresh(), thread_count=THREADS)
+        writer = dcp.FileSystemWriter(self._disk.folder, thread_count=THREADS)
         answer = dcp.async_save(self._state, storage_writer=writer, async_stager=self._stager)
         staged = getattr(answer, "staging_completion", None)
         if staged is not None:
@@ -270,6 +280,7 @@ def _measure(name: str, folder: str, size: int, saves: int, pipe: Any) -> None:
 
 
 def _one_save(way: Any, trainer: Trainer) -> dict[str, float]:
+    way.prepare()
     begun = time.perf_counter()
     way.save()
     stall_s = time.perf_counter() - begun
