@@ -17,7 +17,6 @@ KEPT = 64
 RECENT_STEPS = 16
 PLAIN_STEPS = 2
 SAVES = 2
-BACKGROUND = 0.5
 SHOWS = 0.02
 """An agent that works on a save for less than this share of a step does not show in it."""
 HYSTERESIS = 0.25
@@ -78,11 +77,12 @@ class Pace:
 
     @property
     def cost_s(self) -> float:
-        """What one memory save costs training: the stall, and BACKGROUND of the time the agent works on it, for the cores it
-        takes away. (Comparing steps with and without a save would be truer, but step times wander by more than a save costs.)"""
+        """What one memory save costs training: the stall, and the time the agent works on it, as it takes cores away where
+        training fills them. (Comparing steps with and without a save would be truer, but step times wander by more than a
+        save costs.)"""
         stall_s = median(self._stalls) if self._stalls else 0.0
         worked_s = median(self._seals) if self._seals else 0.0
-        return stall_s + (BACKGROUND * worked_s if worked_s > SHOWS * self.step_s else 0.0)
+        return stall_s + (worked_s if worked_s > SHOWS * self.step_s else 0.0)
 
     @property
     def write_s(self) -> float:
