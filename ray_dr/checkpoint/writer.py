@@ -15,12 +15,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
-from blake3 import blake3
-
 from ray_dr.checkpoint.described import describe
+from ray_dr.checkpoint.sealing import seal
 from ray_dr.checkpoint.vault import Holding, Vault
 from ray_dr.errors import NotFound, StoreError
-from ray_dr.model.checkpoint import CHUNK_BYTES, Chunk, Part, PartRef, VersionId
+from ray_dr.model.checkpoint import Chunk, Part, PartRef, VersionId
 from ray_dr.model.journal import Noted, PartSaved, Record, Where
 from ray_dr.repository.chunks import KnownChunks
 from ray_dr.repository.commit import CommitLog
@@ -193,9 +192,7 @@ class Writer:
         copy = _Copy(self._peers, task.peer, self._token)
         copy.begin(len(view))
         chunks = []
-        for at in range(0, len(view), CHUNK_BYTES):
-            piece = view[at : at + CHUNK_BYTES]
-            chunk = Chunk(blake3(piece, max_threads=1).hexdigest(), at, len(piece))
+        for chunk, piece in seal(task.part, view):
             chunks.append(chunk)
             copy.add(chunk, piece)
         part = replace(task.part, chunks=tuple(chunks))
