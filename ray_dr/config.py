@@ -6,8 +6,10 @@
     checkpoint:
       every: auto                       # or 30s, 500 steps, never; what a tier without its own `every` does
       tiers:
-        - {kind: memory, copies: 2}
+        - {kind: memory, copies: 2}       # on so many nodes, the rank's own among them
+        - {kind: disk, path: /mnt/nvme/ray_dr, every: 1m, keep: {last: 2}}       # a directory of each node's own
         - {kind: s3, url: s3://bucket/prefix, every: 5m, keep: {last: 3, hourly: 24, daily: 7, weekly: 4, within: 2d}}
+        - {kind: s3, url: s3://elsewhere/prefix, every: 1h}       # a second store
     recovery: {unwind: 15s, start: 5m, settle: 1s, silent: 5s, attempts_without_progress: 5}
     deterministic: false
     seed: 0
@@ -26,12 +28,13 @@ import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar, cast
 from urllib.parse import quote, unquote, urlsplit
 
 from ray_dr.errors import AccessDenied, ConfigError, StoreError, StoreFull
-from ray_dr.model.job import Every, Job, Keep, MemoryTier, Recovery, StoreTier, Workers
+from ray_dr.model.job import DiskTier, Every, Job, Keep, MemoryTier, Recovery, StoreTier, Workers
 from ray_dr.stores.base import Traits
 from ray_dr.yaml_text import Place, Setting, compose, describe, short
 
@@ -48,6 +51,7 @@ KEEP_KEYS = ("last", "hourly", "daily", "weekly", "within")
 TIER_KINDS = ("memory", "file", "disk", "s3", "store")
 SCHEMES = ("file", "s3", "memory")
 NODES_MAX = 10_000
+COPIES_MAX = 8
 KEPT_MAX = 1_000_000
 
 _NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_-]*(\.[a-zA-Z0-9_-]+)*")
@@ -118,12 +122,14 @@ def _parse(text: str, file: str) -> tuple[Job, Place]:
     if "job" not in keys:
         Place(file, 1, "job").fail("missing", "give the job a name to resume by: `job: my-run`")
     workers = _one(keys, "workers", _workers, Workers())
-    memory, store, store_place = _tiers(keys, workers, file)
+    tiers, store_place = _tiers(keys, workers, file)
     job = Job(
         name=_job_name(keys["job"]),
-        store=store,
+        store=tiers.store,
         workers=workers,
-        memory=memory,
+        memory=tiers.memory,
+        disk=tiers.disk,
+        second=tiers.second,
         recovery=_one(keys, "recovery", _recovery, Recovery()),
         deterministic=_one(keys, "deterministic", Setting.flag, False),
         seed=_one(keys, "seed", lambda setting: setting.whole(0, 2**53), 0),
@@ -218,51 +224,80 @@ def _backend(setting: Setting, workers: Workers) -> Literal["auto", "gloo", "ncc
 # -------------------------------------------------------------------------------------------------------------- tiers
 
 
-def _tiers(keys: Mapping[str, Setting], workers: Workers, file: str) -> tuple[MemoryTier, StoreTier, Place]:
-    """The memory tier, the store tier, and where the store is said."""
+@dataclass(frozen=True, slots=True)
+class _Tiers:
+    memory: MemoryTier
+    store: StoreTier
+    disk: DiskTier | None = None
+    second: StoreTier | None = None
+
+
+def _tiers(keys: Mapping[str, Setting], workers: Workers, file: str) -> tuple[_Tiers, Place]:
+    """Where checkpoints go, and where the first store is said."""
     checkpoint = keys["checkpoint"].sections(("every", "tiers")) if "checkpoint" in keys else {}
     general = _one(checkpoint, "every", Setting.every, None)
     # `auto` leaves each tier its own default: for memory the overhead decides, for the store half a minute.
     every = general if general != Every() else None
     standard = MemoryTier(every or Every(), min(2, workers.nodes_max))
     tiers = _one(checkpoint, "tiers", Setting.items, None)
-    stores: list[dict[str, Setting]] = []
     if tiers is None:
-        memory = standard
-    else:
-        memories, stores = _sort_tiers(tiers)
-        memory = _memory_tier(memories[0], standard, workers) if memories else MemoryTier(Every(seconds=math.inf), 1)
+        store, place = _shorthand(keys, every, file)
+        return _Tiers(standard, store), place
+    memories, disks, stores = _sort_tiers(tiers)
     if stores and "store" in keys:
         keys["store"].fail("the store is said twice: here and in checkpoint.tiers", "remove one of them")
-    if stores:
-        return memory, *_store_tier(stores[0], every)
-    url, place = _shorthand(keys, file)
-    return memory, StoreTier(url, every) if every else StoreTier(url), place
+    memory = _memory_tier(memories[0], standard, workers) if memories else MemoryTier(Every(seconds=math.inf), 1)
+    disk = _disk_tier(disks[0], every) if disks else None
+    store, place = _store_tier(stores[0], every) if stores else _shorthand(keys, every, file)
+    second = _second_tier(stores[1], every, store) if len(stores) > 1 else None
+    return _Tiers(memory, store, disk, second), place
 
 
-def _shorthand(keys: Mapping[str, Setting], file: str) -> tuple[str, Place]:
-    if "store" in keys:
-        return _store_url(keys["store"].text(), keys["store"].place), keys["store"].place
-    return default_store(), Place(file, 1, "store")
+def _shorthand(keys: Mapping[str, Setting], every: Every | None, file: str) -> tuple[StoreTier, Place]:
+    place = keys["store"].place if "store" in keys else Place(file, 1, "store")
+    url = _store_url(keys["store"].text(), place) if "store" in keys else default_store()
+    return StoreTier(url, every) if every else StoreTier(url), place
 
 
-def _sort_tiers(tiers: list[Setting]) -> tuple[list[dict[str, Setting]], list[dict[str, Setting]]]:
+def _sort_tiers(tiers: list[Setting]) -> tuple[list[dict[str, Setting]], ...]:
+    """Memory, disk and store tiers: at most one, one and two."""
     memories: list[dict[str, Setting]] = []
+    disks: list[dict[str, Setting]] = []
     stores: list[dict[str, Setting]] = []
     for tier in tiers:
         keys = tier.sections((*STORE_TIER_KEYS, "copies"))
         if "kind" not in keys:
             tier.fail("a tier needs a kind", f"write kind: {', '.join(TIER_KINDS)}")
-        same = memories if keys["kind"].choice(TIER_KINDS) == "memory" else stores
-        if same:
-            tier.fail("a second tier of this sort", "keep one memory tier and one store tier")
+        kind = keys["kind"].choice(TIER_KINDS)
+        same, most = (memories, 1) if kind == "memory" else (disks, 1) if kind == "disk" else (stores, 2)
+        if len(same) == most:
+            tier.fail("one more tier of this sort than can be", "keep one memory, one disk and at most two store tiers")
         same.append(keys)
-    return memories, stores
+    return memories, disks, stores
+
+
+def _disk_tier(keys: dict[str, Setting], every: Every | None) -> DiskTier:
+    _refuse(keys, ("kind", "path", "url", "every", "keep"), "a disk tier")
+    url, place = _place_of(keys, "disk")
+    if urlsplit(url).scheme != "file":
+        place.fail(f"{url} is no disk of a node", "write path: /a/dir; a bucket is a tier of kind s3")
+    standard = DiskTier(url)
+    last = standard.keep_last
+    if "keep" in keys:
+        last = _one(keys["keep"].sections(("last",)), "last", lambda value: value.whole(1, 1000), last)
+    return DiskTier(url, _one(keys, "every", Setting.every, every or standard.every), last)
+
+
+def _second_tier(keys: dict[str, Setting], every: Every | None, first: StoreTier) -> StoreTier:
+    tier, place = _store_tier(keys, every or Every(seconds=600.0))
+    if tier.url.partition("?")[0] == first.url.partition("?")[0]:
+        place.fail(f"{tier.url} is the first store once more", "write another bucket or directory")
+    return tier
 
 
 def _memory_tier(keys: dict[str, Setting], standard: MemoryTier, workers: Workers) -> MemoryTier:
     _refuse(keys, ("kind", "copies", "every"), "a memory tier")
-    copies = _one(keys, "copies", lambda value: value.whole(1, 2), standard.copies)
+    copies = _one(keys, "copies", lambda value: value.whole(1, COPIES_MAX), standard.copies)
     if copies > workers.nodes_max:
         keys["copies"].fail(
             f"{copies} copies need as many nodes, not {workers.nodes_max}",
@@ -273,19 +308,25 @@ def _memory_tier(keys: dict[str, Setting], standard: MemoryTier, workers: Worker
 
 def _store_tier(keys: dict[str, Setting], every: Every | None) -> tuple[StoreTier, Place]:
     _refuse(keys, STORE_TIER_KEYS, "a store tier")
-    where = keys.get("url") or keys.get("path")
-    if where is None:
-        keys["kind"].fail("a store tier needs to know where", "add url: s3://bucket/prefix or path: /a/dir")
-    if "url" in keys and "path" in keys:
-        keys["path"].fail("the tier has a url as well", "remove one of them")
-    url = _store_url(where.text(), where.place)
+    url, place = _place_of(keys, "store")
     kind, scheme = keys["kind"].text(), urlsplit(url).scheme
     if kind != "store" and scheme != ("s3" if kind == "s3" else "file"):
-        where.fail(f"{url} does not fit kind: {kind}", f"write kind: {'s3' if scheme == 's3' else 'store'}")
+        place.fail(f"{url} does not fit kind: {kind}", f"write kind: {'s3' if scheme == 's3' else 'store'}")
     tier = StoreTier(url)
     cadence = _one(keys, "every", Setting.every, every or tier.every)
     keep = _one(keys, "keep", _keep, tier.keep)
-    return StoreTier(url, cadence, keep.last, keep.hourly, keep.daily, keep.weekly, keep.within_s), where.place
+    return StoreTier(url, cadence, keep.last, keep.hourly, keep.daily, keep.weekly, keep.within_s), place
+
+
+def _place_of(keys: dict[str, Setting], what: str) -> tuple[str, Place]:
+    """The URL that a tier's `url` or `path` says, and where it says it."""
+    where = keys.get("url") or keys.get("path")
+    if where is None:
+        or_url = "url: s3://bucket/prefix or " if what == "store" else ""
+        keys["kind"].fail(f"a {what} tier needs to know where", f"add {or_url}path: /a/dir")
+    if "url" in keys and "path" in keys:
+        keys["path"].fail("the tier has a url as well", "remove one of them")
+    return _store_url(where.text(), where.place), where.place
 
 
 def _keep(setting: Setting) -> Keep:

@@ -30,7 +30,7 @@ HEAVY = ("ray", "torch", "boto3", "botocore")
 
 PURE_PACKAGES = ("model", "recovery", "scheduling", "planning", "detection")
 PURE_FILES = (
-    "checkpoint/save_plan.py", "checkpoint/restore_plan.py", "checkpoint/cadence.py", "checkpoint/tiers.py",
+    "checkpoint/save_plan.py", "checkpoint/restore_plan.py", "checkpoint/cadence.py", "telemetry/tiers.py",
     "checkpoint/mesh.py", "repository/retention.py", "telemetry/timeline.py", "telemetry/lineage.py",
 )  # fmt: skip
 IMPURE = (

@@ -26,7 +26,7 @@ from ray_dr.actors.perform import Performer
 from ray_dr.actors.progress import Progress
 from ray_dr.actors.watch import Message
 from ray_dr.checkpoint.pace import Pace
-from ray_dr.checkpoint.tiers import Completeness
+from ray_dr.telemetry.tiers import Completeness
 from ray_dr.errors import Fenced, StoreError
 from ray_dr.model import codec
 from ray_dr.model.checkpoint import Manifest, PartRef, StepRecord, VersionId

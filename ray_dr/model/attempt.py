@@ -12,23 +12,29 @@ class Origin:
     """Where a restore comes from.
 
     holders   per part's rank, addresses of the node agents that hold it in memory, nearest first
+    disks     the same of those that have it on their local disk
     parts     the committed part lists, when the version is in the store
+    second    the same for the second store
     """
 
     version: VersionId
     world: int
     holders: dict[str, tuple[str, ...]] = field(default_factory=dict)
     parts: tuple[PartRef, ...] = ()
+    disks: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    second: tuple[PartRef, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Cadence:
-    """From step `from_step` on, save to memory at every multiple of `memory_every` steps and also to the store at every
-    multiple of `store_every` (0: not until told again)."""
+    """From step `from_step` on, save to memory at every multiple of `memory_every` steps, and also to the store, the local
+    disk and the second store at every multiple of theirs (0: not until told again)."""
 
     from_step: int
     memory_every: int
     store_every: int
+    disk_every: int = 0
+    second_every: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,20 +43,22 @@ class Assignment:
 
     rendezvous    host:port of rank 0's store
     agent         address of the node agent beside this worker
-    copy_to       address of the agent that keeps a copy of this rank's parts; empty: none
+    copy_to       addresses of the agents that keep copies of this rank's parts
+    terms         the term in each place that parts go to (by its name, `model.journal.Where`)
+    disk          the part of the local disk that is this life's of the job: (URL, name there); empty without such a tier
+    second_url    the second store; empty without one
     world_most    the most workers the job can ever have: the default number of micro-batches when deterministic
     """
 
     job: str
     attempt: int
-    term: int
     worker: str
     rank: int
     world: int
     local_rank: int
     rendezvous: str
     agent: str
-    copy_to: str
+    copy_to: tuple[str, ...]
     origin: Origin | None
     cadence: Cadence
     backend: str
@@ -59,3 +67,6 @@ class Assignment:
     world_most: int
     store_url: str
     settings: dict[str, str | int | float | bool] = field(default_factory=dict)
+    terms: dict[str, int] = field(default_factory=dict)
+    disk: tuple[str, ...] = ()
+    second_url: str = ""

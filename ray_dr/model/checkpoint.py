@@ -139,7 +139,7 @@ class Manifest:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """A part that a node agent holds in memory: its own rank's (`own`) or a peer's copy."""
+    """A part that a node agent holds: in memory, its own rank's (`own`) or a peer's copy; or on its local disk."""
 
     node: str
     version: VersionId
@@ -147,6 +147,7 @@ class Held:
     world: int
     size: int
     own: bool
+    disk: bool = False
 
 
 def align(offset: int) -> int:

@@ -32,10 +32,21 @@ class Every:
 
 @dataclass(frozen=True, slots=True)
 class MemoryTier:
-    """Shared memory of the node agents. `copies` counts the rank's own node: 2 means one more copy on a peer."""
+    """Shared memory of the node agents. `copies` counts the rank's own node: 3 means two more, on two other nodes, of other
+    failure domains (see `recovery.replicas`) where there are any."""
 
     every: Every = Every()
     copies: int = 2
+
+
+@dataclass(frozen=True, slots=True)
+class DiskTier:
+    """A directory on each node's own disk: survives the processes and a restart of the machine. `url` is a file store's,
+    `keep_last` how many whole versions stay."""
+
+    url: str
+    every: Every = Every(seconds=10.0)
+    keep_last: int = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +111,10 @@ class Job:
     """Share of a step's time that memory checkpoints may cost with `every: auto` (0..1)."""
     rpo_s: float = float("inf")
     """Recovery point objective: seconds of work that may be lost with all nodes. The store's interval is shortened to keep it."""
+    disk: DiskTier | None = None
+    second: StoreTier | None = None
+    """Another store, in another place, with a commit log and retention of its own: what a job goes on from when the first
+    one has lost everything. The first stays the root of trust, with journal and lease."""
     settings: dict[str, str | int | float | bool] = field(default_factory=dict)
     """The program's own values, as `ctx.settings`."""
     backend: Literal["auto", "gloo", "nccl"] = "auto"

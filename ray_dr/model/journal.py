@@ -18,9 +18,13 @@ class Where(StrEnum):
     MEMORY = "memory"
     """Sealed (hashed) in the shared memory of its own node's agent."""
     PEER = "peer"
-    """A second node's agent holds a verified copy."""
+    """Another node's agent holds a verified copy; for a version: as many as there are to be of each part."""
+    DISK = "disk"
+    """Synced to the local disk of its own node."""
     STORE = "store"
     """Every chunk and the part list are in the store; for a version: committed."""
+    SECOND = "second"
+    """The same in the second store."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +75,8 @@ class Stepped:
 
 @dataclass(frozen=True, slots=True)
 class PartSaved:
-    """One rank's part reached a place. `took_s`: from the step's end; `stall_s`: how long training stood for it."""
+    """One rank's part reached a place. `node`: who holds it there; for a store, who put it. `took_s`: from the step's end;
+    `stall_s`: how long training stood for it."""
 
     at: float
     version: VersionId
@@ -98,7 +103,7 @@ class VersionSaved:
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """One rank took its state back. `sources`: bytes read per kind of source (memory, peer, store)."""
+    """One rank took its state back. `sources`: bytes read per kind of source (memory, peer, disk, store, ...)."""
 
     at: float
     attempt: int

@@ -10,7 +10,7 @@ from ray_dr.model.checkpoint import Held, VersionId
 def choose_version(held: Sequence[Held], committed: VersionId | None) -> VersionId | None:
     """The newest version that can be restored, or None when there is none.
 
-    held        parts in the memory of the node agents that are alive, in any order
+    held        parts in the memory and on the disks of the node agents that are alive, in any order
     committed   the newest version in the store, complete by definition
 
     Newest is by (attempt, step): a later attempt went on from an earlier one's version, so its state supersedes
@@ -20,11 +20,11 @@ def choose_version(held: Sequence[Held], committed: VersionId | None) -> Version
     return max(candidates, key=_age, default=None)
 
 
-def copies(held: Sequence[Held], version: VersionId) -> Mapping[int, tuple[str, ...]]:
-    """Nodes that hold each rank's part of a version: the rank's own node first, then peers by name."""
+def copies(held: Sequence[Held], version: VersionId, *, disk: bool = False) -> Mapping[int, tuple[str, ...]]:
+    """Nodes that hold each rank's part of a version in memory, or on disk: the rank's own node first, then peers by name."""
     holders: dict[int, set[tuple[bool, str]]] = {}
     for part in held:
-        if part.version == version:
+        if part.version == version and part.disk == disk:
             holders.setdefault(part.rank, set()).add((not part.own, part.node))
     return {rank: _distinct(node for _, node in sorted(found)) for rank, found in sorted(holders.items())}
 

@@ -9,7 +9,7 @@ import pytest
 
 from ray_dr import config
 from ray_dr.errors import ConfigError
-from ray_dr.model.job import Every, Job, MemoryTier, Recovery, StoreTier, Workers
+from ray_dr.model.job import DiskTier, Every, Job, MemoryTier, Recovery, StoreTier, Workers
 
 WHOLE = """
 job: nightly
@@ -17,7 +17,9 @@ workers: {nodes: 2..4, min_nodes_to_run: 1, per_node: 2, cpus_per_worker: 0.5}
 checkpoint:
   tiers:
     - {kind: memory, copies: 2, every: 10 steps}
+    - {kind: disk, path: /mnt/nvme, every: 20s, keep: {last: 4}}
     - {kind: s3, url: "s3://bucket/prefix?endpoint=http://127.0.0.1:9000", every: 1h, keep: {last: 5}}
+    - {kind: s3, url: "s3://elsewhere/prefix", keep: {daily: 2}}
 recovery: {unwind: 500 ms, start: 2m, settle: 0s, silent: 3s, attempts_without_progress: 7}
 deterministic: true
 seed: 17
@@ -174,7 +176,23 @@ BAD = [
     ),
     (
         "job: x\ncheckpoint:\n  tiers:\n    - {kind: memory}\n    - {kind: memory}",
-        "5: checkpoint.tiers[1]: a second tier of this sort (keep one memory tier and one store tier)",
+        "5: checkpoint.tiers[1]: one more tier of this sort than can be (keep one memory, one disk and at most two store tiers)",
+    ),
+    (
+        "job: x\ncheckpoint:\n  tiers:\n    - {kind: disk}",
+        "4: checkpoint.tiers[0].kind: a disk tier needs to know where (add path: /a/dir)",
+    ),
+    (
+        "job: x\ncheckpoint:\n  tiers:\n    - {kind: disk, url: s3://a/b}",
+        "4: checkpoint.tiers[0].url: s3://a/b is no disk of a node (write path: /a/dir; a bucket is a tier of kind s3)",
+    ),
+    (
+        "job: x\ncheckpoint:\n  tiers:\n    - {kind: disk, path: /a, keep: {daily: 3}}",
+        "4: checkpoint.tiers[0].keep.daily: unknown key (known: last)",
+    ),
+    (
+        "job: x\ncheckpoint:\n  tiers:\n    - {kind: s3, url: s3://a/b}\n    - {kind: s3, url: s3://a/b}",
+        "5: checkpoint.tiers[1].url: s3://a/b is the first store once more (write another bucket or directory)",
     ),
     (
         "job: x\ncheckpoint:\n  tiers:\n    - {kind: s3}",
@@ -185,19 +203,19 @@ BAD = [
         "4: checkpoint.tiers[0].url: file:///tmp/x does not fit kind: s3 (write kind: store)",
     ),
     (
-        "job: x\ncheckpoint:\n  tiers:\n    - {kind: disk, path: /a, url: s3://b/c}",
+        "job: x\ncheckpoint:\n  tiers:\n    - {kind: file, path: /a, url: s3://b/c}",
         "4: checkpoint.tiers[0].path: the tier has a url as well (remove one of them)",
     ),
     (
-        "job: x\ncheckpoint:\n  tiers:\n    - {kind: disk, path: /a, keep: {last: 0}}",
+        "job: x\ncheckpoint:\n  tiers:\n    - {kind: file, path: /a, keep: {last: 0}}",
         "4: checkpoint.tiers[0].keep.last: 0 is out of range (write a whole number from 1 to 1000000)",
     ),
     (
-        "job: x\ncheckpoint:\n  tiers:\n    - {kind: disk, path: /a, keep: {yearly: 7}}",
+        "job: x\ncheckpoint:\n  tiers:\n    - {kind: file, path: /a, keep: {yearly: 7}}",
         "4: checkpoint.tiers[0].keep.yearly: unknown key (known: last, hourly, daily, weekly, within)",
     ),
     (
-        "job: x\nstore: /a\ncheckpoint:\n  tiers:\n    - {kind: disk, path: /b}",
+        "job: x\nstore: /a\ncheckpoint:\n  tiers:\n    - {kind: file, path: /b}",
         "2: store: the store is said twice: here and in checkpoint.tiers (remove one of them)",
     ),
     (
@@ -287,6 +305,8 @@ def test_reads_every_key_into_base_units() -> None:
         overhead=0.025,
         settings={"lr": 3e-4, "layers": 4, "name": "tiny", "tied": True, "version": "1.0", "batch": -2},
         backend="gloo",
+        disk=DiskTier("file:///mnt/nvme", Every(seconds=20.0), 4),
+        second=StoreTier("s3://elsewhere/prefix", Every(seconds=600.0), keep_daily=2),
     )
 
 
@@ -352,7 +372,7 @@ def test_one_interval_holds_for_all_tiers_that_say_none() -> None:
 
 def test_never_is_an_interval() -> None:
     never = Every(seconds=math.inf)
-    job = config.parse("job: x\ncheckpoint:\n  tiers:\n    - {kind: disk, path: /a, every: never}")
+    job = config.parse("job: x\ncheckpoint:\n  tiers:\n    - {kind: file, path: /a, every: never}")
     assert (job.store.every, job.memory.every) == (never, never)
 
 

@@ -11,28 +11,42 @@ from ray_dr.model.journal import Where
 
 KEPT = 8
 """Newest versions remembered for each place. Counted per place: memory moves on many steps while a store writes one."""
+IN_MEMORY = (Where.MEMORY, Where.PEER)
+NODE_LOCAL = (*IN_MEMORY, Where.DISK)
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """The known copies of one version in one kind of place, as (rank, node)."""
+    """The known copies of one version in one kind of place, as (rank, node that holds it). `wanted`: copies of each rank's
+    part, on different nodes, that make it whole there."""
 
     version: VersionId
     where: Where
     world: int
     copies: frozenset[tuple[int, str]] = frozenset()
+    wanted: int = 1
+
+    @property
+    def parts(self) -> int:
+        """Ranks whose part has all its copies here."""
+        ranks = [rank for rank, _ in self.copies]
+        return sum(ranks.count(rank) >= self.wanted for rank in range(self.world))
 
     @property
     def complete(self) -> bool:
-        """Every rank's part has at least one copy."""
-        return len(self.copies) >= self.world and len({rank for rank, _ in self.copies}) == self.world
+        """Every rank's part has its copies."""
+        return len(self.copies) >= self.world * self.wanted and self.parts == self.world
 
 
 @dataclass(frozen=True, slots=True)
 class Completeness:
-    """What is known of the newest versions. `rows` ascend by version within each place."""
+    """What is known of the newest versions. `rows` ascend by version within each place.
+
+    peers   copies on other nodes that each part is to have; versions seen from now on are judged by it
+    """
 
     rows: tuple[Row, ...] = ()
+    peers: int = 1
 
     def add(
         self, version: VersionId, rank: int, world: int, where: Where, node: str
@@ -42,23 +56,29 @@ class Completeness:
         The same copy twice changes nothing; a version older than the kept ones is ignored. Raises ValueError for a
         rank outside of its world, or a version reported with two worlds.
         """
-        before = self._row(version, where) or Row(version, where, world)
+        wanted = self.peers if where is Where.PEER else 1
+        before = self._row(version, where) or Row(version, where, world, wanted=wanted)
         if not 0 <= rank < world or before.world != world:
             raise ValueError(f"{version}: rank {rank} of {world}, known with world {before.world}")
         after = dataclasses.replace(before, copies=before.copies | {(rank, node)})
         others = [row for row in self.rows if (row.version, row.where) != (version, where)]
-        kept = Completeness(_newest([*others, after]))
+        kept = dataclasses.replace(self, rows=_newest([*others, after]))
         new = after.complete and not before.complete and after in kept.rows
         return kept, (((version, where),) if new else ())
 
     def without(self, node: str) -> Completeness:
-        """After the loss of a node: its memory is gone, stores are not."""
-        rows = [row if row.where == Where.STORE else _forget(row, node) for row in self.rows]
-        return Completeness(tuple(row for row in rows if row.copies))
+        """After the loss of a node: its memory and its disk are gone, stores are not."""
+        rows = [_forget(row, node) if row.where in NODE_LOCAL else row for row in self.rows]
+        return dataclasses.replace(self, rows=tuple(row for row in rows if row.copies))
 
     def complete(self, where: Where) -> tuple[VersionId, ...]:
         """The kept versions that are whole there, newest first."""
         return tuple(row.version for row in reversed(self.rows) if row.where == where and row.complete)
+
+    def armed(self) -> VersionId | None:
+        """The newest version of which every part has all its copies in memory: what a loss within the promise costs is the
+        work since. None before the first."""
+        return next(iter(self.complete(Where.PEER if self.peers else Where.MEMORY)), None)
 
     def _row(self, version: VersionId, where: Where) -> Row | None:
         return next((row for row in self.rows if (row.version, row.where) == (version, where)), None)
