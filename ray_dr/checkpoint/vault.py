@@ -3,15 +3,21 @@
 A *holding* is one rank's part of one version in some buffer. Own holdings lie in slots of a pool that the worker
 process has mapped; copies lie in buffers of their own. The rules that keep the last good version whole:
 
-* a slot is given back to its worker only when its version is older than the newest *complete* one (every part has its
-  copies, says the supervisor), or was overtaken by a newer sealed one and never completed, and nobody is reading it;
+* a slot is given back to its worker only when nobody reads it and its version is older than the newest *complete* one
+  (every part has its copies, says the supervisor);
 * a version that became complete after this node had given up its part of it makes nothing older go;
 * a new attempt keeps the version it restores from until a newer one is complete.
+
+A worker has two slots: the newest complete version, and the one on its way. When a save is due and none is free, it goes
+without, and asks (`want`): then a version goes that has been waiting to become complete for GIVE_UP_S (another rank had no
+slot for it, or its copy failed), or, while a slow store still reads the other slot, the newest complete version itself
+where peers hold copies of it.
 """
 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -20,10 +26,12 @@ from ray_dr.errors import ConfigError, NotFound
 from ray_dr.model.checkpoint import Held, Part, StepRecord, VersionId
 
 PAGE_BYTES = 4096
-SLOTS = 3
-"""Own slots per worker: the newest complete version, the one on its way, and one to stage into meanwhile."""
-KEPT_COPIES = 3
-"""Versions kept per rank as copies for peers."""
+SLOTS = 2
+"""Own slots per worker."""
+KEPT_COPIES = 2
+"""Versions kept per rank as copies for peers: the newest complete one, and the one on its way."""
+GIVE_UP_S = 2.0
+"""A version becomes complete some ten milliseconds after its slowest copy, or never."""
 
 
 @dataclass(slots=True, eq=False)
@@ -38,7 +46,8 @@ class Slot:
 
 @dataclass(slots=True, eq=False)
 class Holding:
-    """One rank's part of one version. `part` is None until it is sealed; `readers` counts who needs the bytes."""
+    """One rank's part of one version. `part` is None until it is sealed; `readers` counts who needs the bytes; `rested_at`
+    is when the last of them went (monotonic seconds)."""
 
     version: VersionId
     rank: int
@@ -47,6 +56,7 @@ class Holding:
     slot: Slot | None
     part: Part | None = None
     readers: int = 0
+    rested_at: float = 0.0
 
     @property
     def key(self) -> tuple[VersionId, int, bool]:
@@ -78,13 +88,16 @@ class Vault:
     """Thread-safe. `give_back(worker, slot index, pool path)` is called, outside the lock, when a worker may stage into
     a slot again."""
 
-    def __init__(self, node: str, give_back: Callable[[str, int, str], None]) -> None:
+    def __init__(
+        self, node: str, give_back: Callable[[str, int, str], None], clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.node = node
-        self._give_back = give_back
+        self._give_back, self._clock = give_back, clock
         self._lock = threading.Condition()
         self._workspaces: dict[str, _Workspace] = {}
         self._holdings: dict[tuple[VersionId, int, bool], Holding] = {}
         self._complete: VersionId | None = None
+        self._copied = False
         self._reading: set[Holding] = set()
         self._free: list[memoryview] = []
         self._pools: list[Pool] = []
@@ -162,6 +175,7 @@ class Vault:
             holding.readers -= 1
             if not holding.readers:
                 self._reading.discard(holding)
+                holding.rested_at = self._clock()
             dropped = not holding.readers and self._holdings.get(holding.key) is not holding
             if dropped and holding.slot is None:
                 self._recycle(holding.view)
@@ -169,18 +183,38 @@ class Vault:
         self._hand_back(returned)
         self._sweep()
 
-    def completed(self, version: VersionId) -> None:
-        """Every part of `version` has its copies, says the supervisor: what is older may go, if this node has it."""
+    def want(self, worker: str) -> None:
+        """A save was due and the worker had no slot: give one back if one can be spared."""
+        with self._lock:
+            mine = [h for h in self._holdings.values() if h.slot and self._current(h.slot) and h.slot.worker == worker]
+            spare = min((h for h in mine if self._spare(h, mine)), key=lambda holding: holding.version, default=None)
+            if spare is not None:
+                self._drop(spare)
+            returned = self._returned((spare,)) if spare else []
+        self._hand_back(returned)
+
+    def _spare(self, holding: Holding, mine: list[Holding]) -> bool:
+        if holding.readers or holding.part is None:
+            return False
+        if holding.version == self._complete:
+            return self._copied and any(other.readers for other in mine)
+        return self._clock() - holding.rested_at >= GIVE_UP_S
+
+    def completed(self, version: VersionId, *, copied: bool = False) -> None:
+        """Every part of `version` has its copies, says the supervisor: what is older may go, if this node has it.
+
+        copied   copies on other nodes
+        """
         with self._lock:
             held = any(holding.version == version and holding.part for holding in self._holdings.values())
             if held and (self._complete is None or version > self._complete):
-                self._complete = version
+                self._complete, self._copied = version, copied
         self._sweep()
 
     def begin(self, keep: VersionId | None) -> None:
         """A new attempt starts from `keep`: no other version is of the job's history any more."""
         with self._lock:
-            self._complete = keep
+            self._complete, self._copied = keep, False
             doomed = [holding for holding in self._holdings.values() if holding.version != keep]
             for holding in doomed:
                 self._drop(holding)
@@ -246,15 +280,14 @@ class Vault:
         newest = self._complete
         if newest is not None and holding.version <= newest:
             return holding.version != newest
-        # Not complete: give up on it when enough newer parts of the same rank have come and are whole.
+        if holding.slot is not None:
+            return False
+        # A copy that is not complete: give up on it when enough newer ones of the same rank have come and are whole.
         newer = sum(
-            other.rank == holding.rank
-            and (other.slot is None) == (holding.slot is None)
-            and other.part is not None
-            and other.version > holding.version
+            other.rank == holding.rank and other.slot is None and other.part is not None and other.version > holding.version
             for other in self._holdings.values()
         )
-        return newer >= (SLOTS - 2 if holding.slot else KEPT_COPIES - 1)
+        return newer >= KEPT_COPIES - 1
 
     def _drop(self, holding: Holding) -> None:
         if self._holdings.get(holding.key) is holding:

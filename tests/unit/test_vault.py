@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from ray_dr.checkpoint.memory import attach
-from ray_dr.checkpoint.vault import KEPT_COPIES, SLOTS, Holding, Vault
+from ray_dr.checkpoint.vault import GIVE_UP_S, KEPT_COPIES, SLOTS, Holding, Vault
 from ray_dr.errors import NotFound
 from ray_dr.model.checkpoint import Part, StepRecord, VersionId
 
@@ -24,7 +24,8 @@ class Node:
     """A vault and one worker's view of its slots."""
 
     def __init__(self, size: int = 1000, worker: str = "w0") -> None:
-        self.vault = Vault("node-a", self._came_free)
+        self.now = 0.0
+        self.vault = Vault("node-a", self._came_free, lambda: self.now)
         self.worker, self.size = worker, size
         self.open(size)
 
@@ -41,6 +42,9 @@ class Node:
         return self.vault.stage(self.worker, slot, version=version, rank=rank, world=1, size=self.size)
 
     def save(self, version: VersionId, rank: int = 0) -> None:
+        if not self.free:
+            self.now += GIVE_UP_S
+            self.vault.want(self.worker)
         holding = self.stage(version, rank)
         holding.part = part_of(version, rank, self.size)
         self.vault.done(holding)
@@ -107,14 +111,16 @@ def test_what_is_older_than_the_newest_complete_version_comes_free(node: Node) -
     assert len(node.free) == SLOTS - 1
 
 
-def test_an_incomplete_version_goes_once_a_newer_one_is_sealed_and_not_before(node: Node) -> None:
+def test_an_incomplete_version_goes_when_its_slot_is_wanted_and_it_had_its_time(node: Node) -> None:
     node.save(v(1))
-    newer = node.stage(v(2))
-    assert content(node.vault, v(1)) == fill(v(1), node.size)
-    newer.part = part_of(v(2), 0, node.size)
-    node.vault.done(newer)
-    assert node.versions == {v(2)}
-    assert len(node.free) == SLOTS - 1
+    node.vault.completed(v(1))
+    node.save(v(2))
+    node.vault.want("w0")
+    assert node.versions == {v(1), v(2)} and not node.free, "it may become complete any moment"
+    node.now += GIVE_UP_S
+    node.vault.want("w0")
+    assert node.versions == {v(1)}
+    assert len(node.free) == 1
 
 
 def test_a_version_completed_after_this_node_gave_it_up_makes_nothing_go(node: Node) -> None:
@@ -123,7 +129,30 @@ def test_a_version_completed_after_this_node_gave_it_up_makes_nothing_go(node: N
     node.save(v(2))
     node.save(v(3))
     node.vault.completed(v(2))
-    assert v(1) in node.versions
+    assert node.versions == {v(1), v(3)}
+
+
+@pytest.mark.parametrize("copied", [True, False])
+def test_while_a_slow_store_reads_the_older_version_the_newest_one_is_spared_only_if_peers_have_it(
+    node: Node, copied: bool
+) -> None:
+    node.save(v(1))
+    storing = node.vault.read(v(1), 0)
+    node.save(v(2))
+    node.vault.completed(v(2), copied=copied)
+    node.now += GIVE_UP_S
+    node.vault.want("w0")
+    assert len(node.free) == int(copied)
+    assert bytes(storing.view) == fill(v(1), node.size)
+    node.vault.done(storing)
+    assert len(node.free) == int(copied) + 1
+    assert node.versions == (set() if copied else {v(2)})
+
+
+def test_two_versions_that_never_complete_do_not_hold_up_the_next(node: Node) -> None:
+    for step in range(1, 9):
+        node.save(v(step))
+    assert node.versions == {v(7), v(8)}
 
 
 def test_a_reader_keeps_its_bytes_until_it_is_done(node: Node) -> None:
@@ -131,7 +160,6 @@ def test_a_reader_keeps_its_bytes_until_it_is_done(node: Node) -> None:
     reading = node.vault.read(v(1), 0)
     node.save(v(2))
     node.vault.completed(v(2))
-    node.save(v(3))
     assert bytes(reading.view) == fill(v(1), node.size)
     assert len(node.free) == 0
     node.vault.done(reading)
@@ -198,12 +226,14 @@ def test_the_pool_of_a_dead_worker_goes_with_its_last_version(node: Node) -> Non
     assert len(node.vault._pools) == 1
 
 
-def test_copies_for_peers_are_kept_for_the_last_few_versions(node: Node) -> None:
+def test_copies_for_peers_are_kept_of_the_complete_version_and_of_the_newest(node: Node) -> None:
     for step in range(1, 10):
         buffer = node.vault.buffer(node.size)
         buffer[:] = fill(v(step), node.size)
         node.vault.keep_copy(part_of(v(step), 1, node.size), buffer)
-    assert sorted(version.step for version in node.versions) == [8, 9]
+        if step == 4:
+            node.vault.completed(v(4))
+    assert sorted(version.step for version in node.versions) == [4, 9]
     assert content(node.vault, v(9), rank=1) == fill(v(9), node.size)
 
 
@@ -325,6 +355,11 @@ class VaultMachine(RuleBasedStateMachine):
     def new_attempt(self) -> None:
         self.attempt += 1
         self.node.vault.begin(self.complete)
+
+    @rule(late=st.booleans())
+    def want(self, late: bool) -> None:
+        self.node.now += GIVE_UP_S * late
+        self.node.vault.want("w0")
 
     @invariant()
     def the_complete_version_is_there(self) -> None:
