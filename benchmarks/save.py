@@ -123,7 +123,7 @@ class Ours:
         index, slot = taken
         stage(plan, flat, slot)
         part = Part(VersionId(1, self._step), 0, 1, plan.size, plan.shards, (), flat.scalars)
-        self._link.staged(index, part, staged_at=time.time(), stall_s=0.0, copy_to="", to_store=True, job="save", term=self._term)
+        self._link.staged(index, part, staged_at=time.time(), stall_s=0.0, copy_to=(), to={"store": ("save", self._term)})
 
     def wait(self) -> None:
         while True:

@@ -52,12 +52,14 @@ def fits(node: RayNode, workers: Workers) -> bool:
     )
 
 
-def start_agent(job: str, name: str, node: str, store_url: str, token: bytes) -> Any:
+def start_agent(
+    job: str, name: str, node: str, store_url: str, token: bytes, disk: Sequence[str], second_url: str
+) -> Any:
     """The agent of a node, started or found."""
     return ray.remote(NodeAgent).options(
         name=f"agent:{job}:{name}", namespace=NAMESPACE, lifetime="detached", get_if_exists=True, num_cpus=0,
         max_concurrency=CALLS_AT_ONCE, scheduling_strategy=_on(node),
-    ).remote(job, store_url, token)  # fmt: skip
+    ).remote(store_url, token, disk, second_url)  # fmt: skip
 
 
 def start_worker(job: str, worker: str, node: str, agent: str, token: bytes, train: bytes, workers: Workers) -> Any:

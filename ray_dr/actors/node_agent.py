@@ -17,18 +17,22 @@ import select
 import threading
 import time
 from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import ray
 from blake3 import blake3
 
 from ray_dr.checkpoint.described import describe, parse
+from ray_dr.checkpoint.local_disk import LocalDisk
+from ray_dr.checkpoint.reader import StoreSource
 from ray_dr.checkpoint.vault import Holding, Vault
-from ray_dr.checkpoint.writer import Task, Writer
+from ray_dr.checkpoint.writer import Places, Task, Writer
 from ray_dr.errors import ConfigError, CorruptChunk, NotFound, StoreError
 from ray_dr.model import codec
-from ray_dr.model.checkpoint import Chunk, PartRef, VersionId
-from ray_dr.model.journal import Record, Stepped
+from ray_dr.model.checkpoint import Chunk, Held, Part, PartRef, VersionId
+from ray_dr.model.journal import Noted, Record, Stepped, Where
+from ray_dr.stores.base import Store
 from ray_dr.stores.open import open_store
 from ray_dr.stores.wire import Connection, Header, Server
 
@@ -99,11 +103,22 @@ class Outbox:
 class Agent:
     """The agent without Ray: what the actor below hosts."""
 
-    def __init__(self, node: str, host: str, store_url: str, token: bytes) -> None:
+    def __init__(
+        self, node: str, host: str, store_url: str, token: bytes, *, disk: Sequence[str] = (), second_url: str = ""
+    ) -> None:
+        """disk: URL of the node's own directory and the job's name there; without such a tier empty."""
         self.node = node
         self.outbox = Outbox()
         self.vault = Vault(node, self._give_back)
-        self.writer = Writer(self.vault, open_store(store_url), token, self._report)
+        store = open_store(store_url)
+        places: dict[Where, Callable[[], Store]] = {Where.STORE: lambda: store}
+        if second_url:
+            places[Where.SECOND] = lambda: open_store(second_url)
+        self.disk = LocalDisk(lambda: open_store(disk[0]), disk[1], node) if disk else None
+        if self.disk is not None:
+            on_disk = self.disk
+            places[Where.DISK] = lambda: on_disk.store
+        self.writer = Writer(self.vault, places, token, self._report)
         self._links: dict[str, Connection] = {}
         self._closing = False
         self._server = Server(host, token, self._serve)
@@ -120,7 +135,7 @@ class Agent:
 
     def _report(self, record: Record, ref: PartRef | None) -> None:
         message: Header = {"record": codec.to_json(record, tagged=True)}
-        if ref is not None:
+        if ref is not None:  # of a part on disk nobody needs it: there is no commit
             message["ref"] = codec.to_json(ref)
         self.outbox.put(message)
 
@@ -163,6 +178,10 @@ class Agent:
                 self.outbox.put({"record": header["record"]})
             case "event":
                 self.outbox.put({"event": header["event"]}, urgent=True)
+            case "want":
+                self.vault.want(worker)
+                if header["skipped"] is not None:
+                    self.outbox.put({"skipped": header["skipped"]})
             case "pool":
                 threading.Thread(target=self._pool, args=(connection, worker, header["size"]), daemon=True).start()
 
@@ -185,9 +204,8 @@ class Agent:
             worker, header["slot"], version=part.version, rank=part.rank, world=part.world, size=part.size
         )
         self.writer.submit(
-            Task(holding, part, header["staged_at"], header["stall_s"], header["copy_to"], header["to_store"],
-                 header["job"], header["term"])
-        )  # fmt: skip
+            Task(holding, part, header["staged_at"], header["stall_s"], tuple(header["copy_to"]), _places(header["to"]))
+        )
 
     def _serve_peer(self, connection: Connection, header: Header) -> None:
         while True:
@@ -201,7 +219,13 @@ class Agent:
             header, _ = connection.receive()
 
     def _answer(self, connection: Connection, header: Header) -> None:
-        holding = self.vault.read(codec.from_json(VersionId, header["version"]), header["rank"])
+        version, rank = codec.from_json(VersionId, header["version"]), header["rank"]
+        try:
+            holding = self.vault.read(version, rank)
+        except NotFound:
+            if self.disk is None:
+                raise
+            return self._answer_from_disk(connection, header, self.disk, self.disk.part(version, rank))
         try:
             if header["op"] == "part":
                 assert holding.part is not None, "only sealed parts are read"
@@ -213,6 +237,36 @@ class Agent:
                 connection.send({"size": size}, holding.view[header["start"] : header["start"] + size])
         finally:
             self.vault.done(holding)
+
+    def _answer_from_disk(self, connection: Connection, header: Header, disk: LocalDisk, part: Part) -> None:
+        if header["op"] == "part":
+            connection.send({"part": describe(part)})
+        elif header["op"] == "place":
+            connection.send({"path": "", "offset": 0})
+        elif header["op"] == "read":
+            piece = memoryview(bytearray(min(header["size"], READ_MAX_BYTES)))
+            try:
+                StoreSource(disk.store, disk.job, part, "disk").read(part.rank, header["start"], piece)
+            except StoreError as error:
+                raise NotFound(f"node {self.node} does not hold it any more on its disk ({error})") from error
+            connection.send({"size": len(piece)}, piece)
+
+    def held(self) -> tuple[Held, ...]:
+        """The sealed parts in memory, and those on disk."""
+        try:
+            on_disk = self.disk.held() if self.disk else ()
+        except StoreError as error:
+            self._report(Noted(time.time(), "disk.unavailable", {"node": self.node, "error": str(error)}), None)
+            on_disk = ()
+        return (*self.vault.held(), *on_disk)
+
+    def keep_on_disk(self, versions: Iterable[VersionId]) -> None:
+        """Only these versions, and newer ones, stay on disk."""
+        try:
+            if self.disk is not None:
+                self.disk.keep(versions)
+        except StoreError as error:
+            self._report(Noted(time.time(), "disk.unavailable", {"node": self.node, "error": str(error)}), None)
 
     def _hold(self, connection: Connection, size: int) -> None:
         """Take a peer's part in, chunk by chunk, each verified before it counts."""
@@ -235,7 +289,11 @@ class Agent:
         self.vault.keep_copy(part, buffer)
         for record in part.records:
             self.outbox.put({"witness": codec.to_json(record)})
-        connection.send({"ok": True})
+        connection.send({"node": self.node})
+
+
+def _places(to: Header) -> Places:
+    return {Where(where): (job, term) for where, (job, term) in to.items()}
 
 
 def _place(holding: Holding) -> Header:
@@ -260,32 +318,43 @@ def outlive_nobody(agent: Agent) -> None:
 class NodeAgent:
     """The Ray actor: `num_cpus=0`, detached, one per node and job."""
 
-    def __init__(self, job: str, store_url: str, token: bytes) -> None:
-        self._job = job
-        node = ray.get_runtime_context().get_node_id()
-        self._agent = Agent(node, ray.util.get_node_ip_address(), store_url, token)
+    def __init__(self, store_url: str, token: bytes, disk: Sequence[str], second_url: str) -> None:
+        context = ray.get_runtime_context()
+        self._labels = context.get_node_labels()
+        host = ray.util.get_node_ip_address()
+        self._agent = Agent(context.get_node_id(), host, store_url, token, disk=disk, second_url=second_url)
         threading.Thread(target=outlive_nobody, args=(self._agent,), name="outlive-nobody", daemon=True).start()
 
     def describe(self) -> dict[str, Any]:
-        """Node, address and process of this agent."""
-        return {"node": self._agent.node, "address": self._agent.address, "pid": os.getpid()}
+        """Node, its labels, address and process of this agent."""
+        return {
+            "node": self._agent.node, "labels": self._labels, "address": self._agent.address, "pid": os.getpid(),
+        }  # fmt: skip
 
     def held(self, settle_s: float) -> Any:
-        """The sealed parts in memory, after what was just staged is sealed too (JSON of model.checkpoint.Held)."""
+        """The sealed parts, after what was just staged is sealed too (JSON of model.checkpoint.Held)."""
         self._agent.writer.settle(settle_s)
-        return codec.to_json(self._agent.vault.held())
+        return codec.to_json(self._agent.held())
 
     def begin(self, keep: Any) -> None:
         """A new attempt starts from version `keep` (JSON, or None)."""
         self._agent.vault.begin(codec.from_json(VersionId, keep) if keep else None)
 
-    def completed(self, version: Any) -> None:
-        """Every part of a version has its copies."""
-        self._agent.vault.completed(codec.from_json(VersionId, version))
+    def completed(self, version: Any, copied: bool) -> None:
+        """Every part of a version has its copies; `copied`: on other nodes."""
+        self._agent.vault.completed(codec.from_json(VersionId, version), copied=copied)
 
-    def store_again(self, version: Any, term: int) -> int:
-        """Put this node's own parts of a version into the store once more."""
-        return self._agent.writer.store_again(codec.from_json(VersionId, version), self._job, term)
+    def abandoned(self, version: Any) -> None:
+        """A version will never be whole: a rank has not saved its part."""
+        self._agent.vault.abandoned(codec.from_json(VersionId, version))
+
+    def keep_on_disk(self, versions: Any) -> None:
+        """Only these versions, and newer ones, stay on the node's disk."""
+        self._agent.keep_on_disk([codec.from_json(VersionId, version) for version in versions])
+
+    def store_again(self, version: Any, to: Header) -> int:
+        """Put this node's own parts of a version into places once more."""
+        return self._agent.writer.store_again(codec.from_json(VersionId, version), _places(to))
 
     def close(self) -> None:
         """End well: nothing of this agent stays."""

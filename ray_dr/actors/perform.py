@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, assert_never
 
 from ray_dr.actors import cluster
+from ray_dr.actors.forming import AgentRef, Forming, WorkerRef, domain_of
 from ray_dr.actors.watch import Watch
-from ray_dr.checkpoint.pace import first_cadence
 from ray_dr.errors import CheckpointError, ClusterError, Fenced, StoreError
 from ray_dr.model import codec
-from ray_dr.model.attempt import Assignment, Cadence, Origin
-from ray_dr.model.checkpoint import Held, VersionId
-from ray_dr.model.journal import Marked
+from ray_dr.model.attempt import Cadence
+from ray_dr.model.checkpoint import VersionId
+from ray_dr.model.journal import Where
 from ray_dr.model.recovery import (
     AbortGroup,
     Action,
@@ -25,7 +26,6 @@ from ray_dr.model.recovery import (
     Event,
     FormGroup,
     Group,
-    InventoryTaken,
     KillWorker,
     NodeJoined,
     ReleaseNode,
@@ -39,8 +39,6 @@ from ray_dr.model.recovery import (
     WorkerLost,
     WorkerReady,
 )
-from ray_dr.recovery.plan import choose_version, copies
-from ray_dr.repository import prune
 
 if TYPE_CHECKING:
     from ray_dr.actors.supervisor import Host
@@ -48,39 +46,13 @@ if TYPE_CHECKING:
 THREADS = 16
 DISCOVER_S = 0.25
 CALL_S = 10.0
-SETTLE_S = 2.0
-"""An inventory waits this long for parts that are being hashed right now."""
-SEAL_S = 30.0
 STOP_AHEAD_S = 0.4
 STOP_TRIES = 6
 FINAL_RETRY_S = 1.0
+SECOND_S = 60.0
+"""The end waits so long for the second store, once the first has all."""
 AGENT_START_S = 20.0
 """After so long an agent that has not come up no longer counts as a node to come."""
-
-
-@dataclass(slots=True)
-class AgentRef:
-    """A living agent; `watch` is the open connection to it."""
-
-    node: str
-    handle: Any
-    address: str
-    watch: Watch
-
-
-@dataclass(slots=True)
-class WorkerRef:
-    """A worker process; `rendezvous` is known once it is ready."""
-
-    worker: str
-    node: str
-    handle: Any
-    rendezvous: str = ""
-    attempt: int = 0
-    step: int = 0
-    running: bool = False
-    rank: int = -1
-    restore: VersionId | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,12 +78,9 @@ class Performer:
         self._incarnation: dict[str, int] = {}
         self._pool = ThreadPoolExecutor(THREADS, "perform")
         self._closing = threading.Event()
-        self.cadence = first_cadence(host.job)
+        self.forming = Forming(host, self._agents, self._workers)
         self.final: VersionId | None = None
-        self.copying = False
-        self._began: VersionId | None = None
         self._target = self._asked = 0
-        self.unreadable: frozenset[VersionId] = frozenset()
 
     # -- what the loop asks
 
@@ -133,12 +102,23 @@ class Performer:
     def tell_completed(self, version: VersionId) -> None:
         """Every agent may let go of what is older."""
         for agent in tuple(self._agents.values()):
-            agent.handle.completed.remote(codec.to_json(version))
+            agent.handle.completed.remote(codec.to_json(version), self.forming.peers > 0)
+
+    def tell_abandoned(self, version: VersionId, nodes: Iterable[str]) -> None:
+        """A version will never be whole: these need not keep their parts of it."""
+        for node in nodes:
+            if (agent := self._agents.get(node)) is not None:
+                agent.handle.abandoned.remote(codec.to_json(version))
+
+    def tell_kept_on_disk(self, versions: Sequence[VersionId]) -> None:
+        """Older ones may leave the nodes' disks."""
+        for agent in tuple(self._agents.values()):
+            agent.handle.keep_on_disk.remote([codec.to_json(version) for version in versions])
 
     def set_cadence(self, group: Group, cadence: Cadence) -> None:
         """Tell every member."""
-        self.cadence = cadence
-        for ref in self._refs(group.members):
+        self.forming.cadence = cadence
+        for ref in self.forming.refs(group.members):
             ref.handle.set_cadence.remote(group.attempt, codec.to_json(cadence))
 
     def perform(self, action: Action) -> None:
@@ -153,15 +133,15 @@ class Performer:
             case ReleaseNode(node):
                 self._drop_node(node)
             case AbortGroup(attempt, members):
-                for ref in self._refs(members):
+                for ref in self.forming.refs(members):
                     ref.handle.abort.remote(attempt)
             case KillWorker(worker):
                 self._drop_worker(worker)
             case TakeInventory(incident, ask):
-                self._later(action, lambda: self._take_inventory(incident, ask))
+                self._later(action, lambda: self.forming.take_inventory(incident, ask))
             case FormGroup(group):
                 self._host.begin(group)
-                self._later(action, lambda: self._form(group))
+                self._later(action, lambda: self.forming.form(group))
             case StopGroup(attempt, everywhere):
                 self._later(action, lambda: self._stop(attempt, everywhere))
             case SaveFinal(attempt, step):
@@ -192,19 +172,20 @@ class Performer:
         cluster.request_nodes(0, self._job.workers)
 
     def give_up(self, version: VersionId) -> None:
-        """A version of which no copy is whole is not restored again, and is struck from the commit log when there is another:
-        a later save must not reuse its chunks."""
-        self.unreadable |= {version}
-        self._pool.submit(self._strike, version)
+        """A version of which no copy is whole is not restored again, and is struck from the commit logs."""
+        self.forming.unreadable |= {version}
+        for where, depot in self._host.depots.items():
+            self._pool.submit(self._guarded, where, partial(depot.strike, version))
 
-    def _strike(self, version: VersionId) -> None:
+    def prune(self, where: Where) -> None:
+        """Apply a store's retention."""
+        self._guarded(where, self._host.depots[where].prune)
+
+    def _guarded(self, where: Where, effect: Callable[[], None]) -> None:
         try:
-            seen = self._host.log.refresh()
-            kept = [manifest for manifest in seen.checkpoints if manifest.version != version]
-            if kept and len(kept) < len(seen.checkpoints):
-                self._host.log.keep(kept, term=self._host.term, seen=seen)
-        except (StoreError, Fenced) as error:
-            self._host.note("store.unavailable", error=str(error), store=self._host.store.url)
+            effect()
+        except (StoreError, CheckpointError, Fenced) as error:
+            self._host.note(f"{where}.unavailable", error=str(error), store=self._host.depots[where].store.url)
 
     # -- nodes
 
@@ -246,8 +227,9 @@ class Performer:
         number = self._incarnation[node] = self._incarnation.get(node, 0) + 1
         before = number > 1
         self._coming[node] = time.monotonic() - (AGENT_START_S if before else 0.0)
-        handle = cluster.start_agent(self._job.name, f"{node}:{self._host.term}.{number}", node, self._job.store.url,
-                                     self._token)  # fmt: skip
+        second_url = self._job.second.url if self._job.second else ""
+        name = f"{node}:{self._host.term}.{number}"
+        handle = cluster.start_agent(self._job.name, name, node, self._job.store.url, self._token, self._host.disk, second_url)
         cluster.when_done(handle.describe.remote(), lambda future: self._agent_up(node, handle, future), self._pool)
 
     def _agent_up(self, node: str, handle: Any, future: Future[Any]) -> None:
@@ -262,7 +244,7 @@ class Performer:
     def _join(self, node: str, handle: Any, said: dict[str, Any]) -> None:
         watch = Watch(node, said["address"], self._token, silent_s=self._job.recovery.silent_s,
                       heard=self._host.heard, lost=self._node_lost)  # fmt: skip
-        self._agents[node] = AgentRef(node, handle, said["address"], watch)
+        self._agents[node] = AgentRef(node, handle, said["address"], watch, domain_of(said["labels"]))
 
     def _node_lost(self, node: str, how: str) -> None:
         agent = self._agents.pop(node, None)
@@ -313,92 +295,12 @@ class Performer:
         if ref is not None:
             cluster.kill(ref.handle)
 
-    def _refs(self, members: Iterable[str]) -> list[WorkerRef]:
-        return [self._workers[worker] for worker in members if worker in self._workers]
-
-    # -- inventory and groups
-
-    def _held(self) -> list[Held]:
-        refs = [agent.handle.held.remote(SETTLE_S) for agent in tuple(self._agents.values())]
-        held: list[Held] = []
-        for answer in cluster.gather(refs, CALL_S):
-            if not isinstance(answer, Exception):
-                held += [codec.from_json(Held, item) for item in answer]
-        return held
-
-    def _take_inventory(self, incident: int, ask: int) -> None:
-        held = self._held()
-        stored = [manifest.version for manifest in self._host.stored]
-        good = [version for version in stored if version not in self.unreadable]
-        newest = choose_version([item for item in held if item.version not in self.unreadable], good[-1] if good else None)
-        if newest is None:  # never from scratch while there is a version: trying an unreadable one again says what is wrong
-            newest = choose_version(held, stored[-1] if stored else None)
-        self._host.post(InventoryTaken(time.time(), incident, newest, ask))
-
-    def _form(self, group: Group) -> None:
-        began = time.monotonic()
-        self._began = group.restore
-        origin = self._origin(group.restore) if group.restore else None
-        keep = codec.to_json(group.restore) if group.restore else None
-        answers = cluster.gather([a.handle.begin.remote(keep) for a in tuple(self._agents.values())], CALL_S)
-        self.cadence = Cadence(0, self.cadence.memory_every, self.cadence.store_every)
-        refs = self._refs(group.members)
-        if len(refs) != len(group.members):
-            raise ClusterError("a member of the group is gone")
-        assignments = self._assignments(group, refs, origin)
-        calls = [ref.handle.start.remote(codec.to_json(a)) for ref, a in zip(refs, assignments, strict=True)]
-        answers = cluster.gather(calls, CALL_S)
-        if refused := [answer for answer in answers if answer is not True]:
-            raise ClusterError(f"a member did not begin: {refused[0]!r}")
-        self._host.journal.append(Marked(time.time(), group.attempt, "group_formed", time.monotonic() - began))
-
-    def _origin(self, version: VersionId) -> Origin:
-        """Where a version can be read. Waits until every part that was just staged is sealed."""
-        stored = next((m.parts for m in self._host.stored if m.version == version), ())
-        deadline = time.monotonic() + SEAL_S
-        while True:
-            held = [item for item in self._held() if item.version == version]
-            if stored or choose_version(held, None) == version:
-                break
-            if time.monotonic() > deadline:
-                raise ClusterError(f"nobody holds all of step {version.step} of attempt {version.attempt}")
-            time.sleep(0.02)
-        world = held[0].world if held else len(stored)
-        addresses = {node: agent.address for node, agent in tuple(self._agents.items())}
-        holders = {
-            str(rank): tuple(addresses[node] for node in nodes if node in addresses)
-            for rank, nodes in copies(held, version).items()
-        }
-        return Origin(version, world, holders, tuple(stored))
-
-    def _assignments(self, group: Group, refs: list[WorkerRef], origin: Origin | None) -> list[Assignment]:
-        w = self._job.workers
-        seen: dict[str, int] = {}
-        out = []
-        for rank, ref in enumerate(refs):
-            local = seen[ref.node] = seen.get(ref.node, -1) + 1
-            out.append(
-                Assignment(
-                    self._job.name, group.attempt, self._host.term, ref.worker, rank, len(refs), local,
-                    refs[0].rendezvous, self._agents[ref.node].address, self._copy_to(ref.node), origin, self.cadence,
-                    self._job.backend, self._job.deterministic, self._job.seed, w.nodes_max * w.per_node,
-                    self._job.store.url, dict(self._job.settings),
-                )
-            )  # fmt: skip
-        self.copying = any(assignment.copy_to for assignment in out)
-        return out
-
-    def _copy_to(self, node: str) -> str:
-        """The next node's agent, in a ring over all nodes with an agent; empty when there is none or no copy is wanted."""
-        ring = sorted(self._agents)
-        if self._job.memory.copies < 2 or len(ring) < 2 or node not in ring:
-            return ""
-        return self._agents[ring[(ring.index(node) + 1) % len(ring)]].address
+    # -- groups
 
     def _stop(self, attempt: int, everywhere: bool) -> None:
         """Find a step that no member has done yet, and have all stop there."""
         state = self._state
-        members = self._refs(state.order)
+        members = self.forming.refs(state.order)
         ahead = max(1, round(STOP_AHEAD_S / max(self._host.pace.step_s, 1e-3)))
         target = self._host.progress.newest + ahead
         for _ in range(STOP_TRIES):
@@ -412,29 +314,24 @@ class Performer:
         raise ClusterError("the members are too fast to agree on a step")
 
     def _save_final(self, version: VersionId) -> None:
-        """The parts are on their way; whatever the store refused is put again until it is committed. A group that had no step
-        left to do (a finished job, run again) ends at the version it began from."""
+        """The parts are on their way; whatever a store refused is put again until it is committed. A group that had no step
+        left to do (a finished job, run again) ends at the version it began from. The second store has SECOND_S more."""
         idle = self._host.progress.newest == self._host.progress.began
-        wanted = self._began if idle and self._began is not None else version
-        deadline = time.monotonic() + self._job.recovery.start_s
-        while time.monotonic() < deadline:
-            if any(manifest.version == wanted for manifest in self._host.stored):
-                self._host.post(Saved(time.time(), version.attempt, version.step))
-                return
+        wanted = self.forming.began if idle and self.forming.began is not None else version
+        begun = time.monotonic()
+        while missing := [where for where, depot in self._host.depots.items() if not depot.refs(wanted)]:
+            spent = time.monotonic() - begun
+            if spent > self._job.recovery.start_s and Where.STORE in missing:
+                raise ClusterError(f"step {version.step} could not be committed in time")
+            if spent > SECOND_S and Where.STORE not in missing:
+                self._host.note("second.unavailable", error=f"step {version.step} could not be committed in time")
+                break
             if self._closing.wait(FINAL_RETRY_S):
                 return
+            to = {str(where): (self._job.name, self._host.depots[where].term) for where in missing}
             for agent in tuple(self._agents.values()):
-                agent.handle.store_again.remote(codec.to_json(wanted), self._host.term)
-        raise ClusterError(f"step {version.step} could not be committed in time")
-
-    def prune(self) -> None:
-        """Apply the store's retention."""
-        try:
-            prune.execute(
-                self._host.store, self._host.log, self._job.name, keep=self._job.store.keep, term=self._host.term
-            )
-        except (StoreError, CheckpointError, Fenced) as error:
-            self._host.note("store.unavailable", error=str(error), store=self._host.store.url)
+                agent.handle.store_again.remote(codec.to_json(wanted), to)
+        self._host.post(Saved(time.time(), version.attempt, version.step))
 
     # -- adoption
 
@@ -462,7 +359,7 @@ class Performer:
         ]
         ready = [WorkerReady(now, ref.worker, ref.node) for ref in refs]
         group, step = _group_of(refs)
-        self.copying = self._job.memory.copies > 1 and len(self._agents) > 1
+        self.forming.peers = self.forming.expected_peers()
         return Found((*joined, *ready), refs, group, step)
 
     def _living(self, kind: str) -> list[tuple[dict[str, Any], Any]]:

@@ -16,21 +16,22 @@ import platform
 import queue
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
 
 from ray_dr.actors import cluster
+from ray_dr.actors.forming import disk_place
 from ray_dr.actors.perform import Performer
 from ray_dr.actors.progress import Progress
 from ray_dr.actors.watch import Message
+from ray_dr.checkpoint.depot import Depot
 from ray_dr.checkpoint.pace import Pace
-from ray_dr.telemetry.tiers import Completeness
 from ray_dr.errors import Fenced, StoreError
 from ray_dr.model import codec
 from ray_dr.model.checkpoint import Manifest, PartRef, StepRecord, VersionId
-from ray_dr.model.job import Job
+from ray_dr.model.job import Job, StoreTier
 from ray_dr.model.journal import (
     DataOpened,
     Decided,
@@ -62,16 +63,16 @@ from ray_dr.model.recovery import (
 from ray_dr.recovery.groups import group_of
 from ray_dr.recovery.machine import initial, step
 from ray_dr.recovery.policy import policy_of
-from ray_dr.repository.commit import CommitLog
-from ray_dr.stores.open import open_store, proven
 from ray_dr.stores.unconditional import GUARANTEE
 from ray_dr.telemetry.journal import Journal, last_attempt
+from ray_dr.telemetry.tiers import Completeness
 
 TICK_S = 0.1
 FLUSH_S = 0.05
 PACE_S = 0.5
 MAILBOX_MAX = 200_000
-SIZES_KEPT = 16
+SIZES_KEPT = SKIPPED_KEPT = 16
+SECOND_OPEN_S, SECOND_RETRY_S = 10.0, 30.0
 LINGER_S = 20.0
 """After the end the supervisor stays this long for those who wait for the outcome."""
 
@@ -89,6 +90,7 @@ class Heard:
 class Committed:
     """The committing thread is through with a version."""
 
+    where: Where
     manifest: Manifest
 
 
@@ -99,8 +101,8 @@ class Host:
         self.job, self.policy = job, policy_of(job)
         self.state = initial()
         self.progress, self.pace, self.complete = Progress(), Pace(), Completeness()
-        self.refs: dict[VersionId, dict[int, PartRef]] = {}
         self.sizes: dict[VersionId, int] = {}
+        self.skipped: set[VersionId] = set()
         self.global_batch = 0
         self.outcome: Finished | Failed | None = None
         self._mailbox: queue.Queue[Event | Heard | Committed] = queue.Queue(MAILBOX_MAX)
@@ -108,25 +110,26 @@ class Host:
         self._seq = 0
         self._over = threading.Event()
         self._paced_at = 0.0
-        self.store = proven(open_store(job.store.url))
-        self.log = CommitLog(self.store, job.name)
-        self.term = self.log.take_term(f"{platform.node()}:{os.getpid()}", time.time())
-        self.log.mark()
-        seen = self.log.refresh()
-        self.stored = seen.checkpoints
+        self._owner = f"{platform.node()}:{os.getpid()}"
+        first = Depot(job.store, job.name, self._owner)
+        self.depots: dict[Where, Depot] = {Where.STORE: first}
+        self.store, self.term = first.store, first.term
+        self.disk = disk_place(job.name, job.disk.url, first.log.life()) if job.disk else ()
         self.journal = Journal(self.store, job.name, self.term, clock=time.time)
         self.perform = Performer(self, train, token)
-        if seen.doubtful:
-            self.note("log.damaged", entries=list(seen.doubtful), store=self.store.url)
+        self._doubt(first)
+        if job.second is not None:
+            self._open_second(job.second)
 
     def start(self) -> None:
         """Begin: journal, adoption of what lives, the loop."""
         threading.Thread(target=self._run, name="host", daemon=True).start()
 
     @property
-    def committed(self) -> Manifest | None:
-        """The newest committed checkpoint, as far as this supervisor knows: a recovery must not wait for the store."""
-        return self.stored[-1] if self.stored else None
+    def stored(self) -> tuple[Manifest, ...]:
+        """Every checkpoint in every store, oldest first, as far as this supervisor knows."""
+        found = [manifest for depot in tuple(self.depots.values()) for manifest in depot.stored]
+        return tuple(sorted(found, key=lambda manifest: manifest.version))
 
     def post(self, event: Event) -> None:
         """Enqueue an event; from any thread."""
@@ -138,7 +141,7 @@ class Host:
             self._mailbox.put(Heard(node, messages, last))
 
     def lost(self, node: str, how: str) -> None:
-        """A node's agent is gone; from a watch's thread."""
+        """A node's agent is gone, and what it held; from a watch's thread."""
         self.post(NodeLost(time.time(), node, how, self.progress.step))
 
     def note(self, name: str, **fields: object) -> None:
@@ -155,9 +158,13 @@ class Host:
         return {
             "phase": type(self.state.phase).__name__, "attempt": self.state.attempt, "step": self.progress.step,
             "world": len(group.members) if group else 0, "nodes": [node.id for node in self.state.nodes],
-            "incidents": self.state.incidents, "term": self.term, "journal_lag_s": self.journal.lag_s,
+            "incidents": self.state.incidents, "term": self.term, "tiers": self._tiers(), "journal_lag_s": self.journal.lag_s,
             "over": self._over.is_set(),
         }  # fmt: skip
+
+    def _tiers(self) -> dict[str, Any]:
+        armed = self.complete.armed()
+        return {**codec.to_json(self.complete), "armed": codec.to_json(armed)}
 
     # -- the loop
 
@@ -181,7 +188,7 @@ class Host:
             case Heard():
                 self._report(item)
             case Committed():
-                self._version_committed(item.manifest)
+                self._version_committed(item.where, item.manifest)
             case _:
                 self._decide(item)
         if time.monotonic() - self._paced_at > PACE_S:
@@ -190,6 +197,8 @@ class Host:
             self._housekeep()
 
     def _decide(self, event: Event) -> None:
+        if isinstance(event, NodeLost):
+            self.complete = self.complete.without(event.node)
         decision = step(self.state, event, self.policy)
         if decision.state is self.state and not decision.actions and isinstance(event, Tick):
             return
@@ -212,9 +221,10 @@ class Host:
                 self.perform.ack(node, last)
         group = group_of(self.state)
         if group is not None and self.progress.attempt == group.attempt:
-            cadence = self.pace.next(self.job, self.perform.cadence, self.progress.newest)
+            cadence = self.pace.next(self.job, self.perform.forming.cadence, self.progress.newest)
             if cadence is not None:
                 self.note("cadence.changed", memory_every=cadence.memory_every, store_every=cadence.store_every,
+                          disk_every=cadence.disk_every, second_every=cadence.second_every,
                           from_step=cadence.from_step, step_s=self.pace.step_s, cost_s=self.pace.cost_s,
                           reason=self.pace.reason(self.job, cadence))  # fmt: skip
                 if (exposed_s := self.pace.exposed_s(cadence)) > self.job.rpo_s:
@@ -222,6 +232,29 @@ class Host:
                 self.perform.set_cadence(group, cadence)
 
     # -- opening and closing
+
+    def _open_second(self, tier: StoreTier) -> None:
+        """Take the job in the second store too, which may be all that is left of it; one that is away is tried again."""
+        ready = threading.Event()
+
+        def attempt() -> None:
+            while not self._over.is_set():
+                try:
+                    self._doubt(depot := Depot(tier, self.job.name, self._owner))
+                    self.depots = {**self.depots, Where.SECOND: depot}
+                    return
+                except StoreError as error:
+                    self.note("second.unavailable", error=str(error), store=tier.url)
+                finally:
+                    ready.set()
+                self._over.wait(SECOND_RETRY_S)
+
+        threading.Thread(target=attempt, name="second", daemon=True).start()
+        ready.wait(SECOND_OPEN_S)
+
+    def _doubt(self, depot: Depot) -> None:
+        if depot.doubtful:
+            self.note("log.damaged", entries=list(depot.doubtful), store=depot.store.url)
 
     def _open(self) -> None:
         spec = codec.to_json(self.job)
@@ -264,6 +297,8 @@ class Host:
                 if isinstance(event, WorkerRaised) and event.unreadable:
                     self._unreadable(event)
                 self._decide(event)
+            elif "skipped" in message:
+                self._skipped(codec.from_json(VersionId, message["skipped"]))
             elif "lost" in message:
                 node = self.perform.node_of(message["lost"]) or report.node
                 self._decide(
@@ -311,52 +346,56 @@ class Host:
             self.sizes[record.version] = self.sizes.pop(record.version, 0) + record.size
             while len(self.sizes) > SIZES_KEPT:
                 del self.sizes[next(iter(self.sizes))]
-        if ref is not None:
-            self.refs.setdefault(record.version, {})[record.rank] = ref
+            if record.version in self.skipped:
+                self.perform.tell_abandoned(record.version, (record.node,))
+        depot = self.depots.get(record.where)
+        if ref is not None and depot is not None:
+            depot.arrived(record.version, ref)
         with contextlib.suppress(ValueError):
-            self.complete, new = self.complete.add(
+            self.complete, new = replace(self.complete, peers=self.perform.forming.peers).add(
                 record.version, record.rank, record.world, record.where, record.node
             )
             for version, where in new:
                 self._version_complete(version, Where(where), record.world)
 
+    def _skipped(self, version: VersionId) -> None:
+        """A rank had no slot for its part: the others give theirs up, those that are there and those still to come."""
+        self.skipped = {*self.skipped, version}
+        if len(self.skipped) > SKIPPED_KEPT:
+            self.skipped.remove(min(self.skipped))
+        self.perform.tell_abandoned(version, self.complete.nodes(version, Where.MEMORY))
+
     def _version_complete(self, version: VersionId, where: Where, world: int) -> None:
-        if where is Where.STORE:
-            self._commit(version, world)
+        depot = self.depots.get(where)
+        if depot is not None:
+            manifest = depot.manifest(version, world, version.step * self.global_batch)
+            threading.Thread(target=self._commit, args=(where, depot, manifest), name="commit", daemon=True).start()
             return
-        size = self.sizes.get(version, 0)
-        self.journal.append(VersionSaved(time.time(), version, where, size))
-        if where is Where.PEER or not self.perform.copying:
+        self.journal.append(VersionSaved(time.time(), version, where, self.sizes.get(version, 0)))
+        if where is Where.DISK and self.job.disk is not None:
+            self.perform.tell_kept_on_disk(self.complete.complete(where)[: self.job.disk.keep_last])
+        elif where is Where.PEER or not self.perform.forming.peers:
             self.perform.tell_completed(version)
 
     # -- commits
 
-    def _commit(self, version: VersionId, world: int) -> None:
-        parts = self.refs.pop(version)
-        self.refs = {v: r for v, r in self.refs.items() if (v.attempt, v.step) > (version.attempt, version.step)}
-        manifest = Manifest(
-            1, self.job.name, self.term, version, world, version.step * self.global_batch,
-            tuple(parts[rank] for rank in sorted(parts)), time.time(),
-        )  # fmt: skip
-        threading.Thread(target=self._commit_now, args=(manifest,), name="commit", daemon=True).start()
-
-    def _commit_now(self, manifest: Manifest) -> None:
+    def _commit(self, where: Where, depot: Depot, manifest: Manifest) -> None:
         try:
-            manifest = self.log.commit(manifest)
+            manifest = depot.log.commit(manifest)
         except Fenced as error:
             self.post(FencedOff(time.time(), error.newest))
         except StoreError as error:
-            self.note("store.unavailable", error=str(error), step=manifest.version.step, store=self.store.url)
+            self.note(f"{where}.unavailable", error=str(error), step=manifest.version.step, store=depot.store.url)
         else:
-            self._mailbox.put(Committed(manifest))
-            self.log.mark()
-            self.perform.prune()
+            self._mailbox.put(Committed(where, manifest))
+            depot.log.mark()
+            self.perform.prune(where)
 
-    def _version_committed(self, manifest: Manifest) -> None:
+    def _version_committed(self, where: Where, manifest: Manifest) -> None:
         version = manifest.version
-        self.stored = (*self.stored, manifest)[-self.job.store.keep_last :]
-        self.journal.append(VersionSaved(time.time(), version, Where.STORE, self.sizes.get(version, 0)))
-        if self.perform.final == version:
+        self.depots[where].committed(manifest)
+        self.journal.append(VersionSaved(time.time(), version, where, self.sizes.get(version, 0)))
+        if self.perform.final == version and all(depot.refs(version) for depot in self.depots.values()):
             self._decide(Saved(time.time(), version.attempt, version.step))
 
 

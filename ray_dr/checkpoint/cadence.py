@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import math
 
+from ray_dr.model.attempt import Cadence
 from ray_dr.model.job import Every
+from ray_dr.model.journal import Where
 
 LONGEST_STEPS = 1000
 AUTO = Every()
@@ -55,6 +57,16 @@ def store_interval(
     if step_s > 0 and rpo_s < math.inf:
         wanted = min(wanted, max(1, int((rpo_s - write_s) / step_s)))
     return -(-max(wanted, drained, 1) // memory_steps) * memory_steps
+
+
+def places_due(step: int, cadence: Cadence) -> frozenset[Where]:
+    """Where the state after `step` steps is saved to. Whatever goes to a durable place goes to memory first."""
+    intervals = {
+        Where.MEMORY: cadence.memory_every, Where.DISK: cadence.disk_every,
+        Where.STORE: cadence.store_every, Where.SECOND: cadence.second_every,
+    }  # fmt: skip
+    places = {where for where, every in intervals.items() if due(step, every)}
+    return frozenset(places | {Where.MEMORY} if places else ())
 
 
 def due(step: int, every_steps: int) -> bool:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
 
 from ray_dr.checkpoint.cadence import memory_interval, store_interval
 from ray_dr.model.attempt import Cadence
 from ray_dr.model.checkpoint import StepRecord
-from ray_dr.model.job import Every, Job
+from ray_dr.model.job import DiskTier, Every, Job, StoreTier
 from ray_dr.model.journal import PartSaved, Where
 
 KEPT = 64
@@ -29,7 +29,8 @@ def first_cadence(job: Job) -> Cadence:
     """Before anything is measured: as the user said; "auto" saves every fourth step, so that there are steps with and
     without a save to compare. Stores wait for the first measured step time unless their interval is in steps."""
     memory = 0 if _never(job.memory.every) else job.memory.every.steps or 4
-    return Cadence(0, memory, job.store.every.steps or 0)
+    disk, second = (tier.every.steps or 0 if tier else 0 for tier in (job.disk, job.second))
+    return Cadence(0, memory, job.store.every.steps or 0, disk, second)
 
 
 @dataclass(slots=True)
@@ -41,7 +42,7 @@ class Pace:
     _after_save: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT_STEPS))
     _seals: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT_STEPS))
     _stalls: deque[float] = field(default_factory=lambda: deque(maxlen=KEPT))
-    _writes: deque[float] = field(default_factory=lambda: deque(maxlen=KEPT))
+    _writes: dict[Where, deque[float]] = field(default_factory=dict)
     _pending: dict[int, float] = field(default_factory=dict)
 
     def stepped(self, record: StepRecord) -> None:
@@ -58,8 +59,8 @@ class Pace:
             self._saved_at.add(record.version.step)
             self._stalls.append(record.stall_s)
             self._seals.append(record.took_s)
-        elif record.where is Where.STORE:
-            self._writes.append(record.took_s)
+        elif record.where is not Where.PEER:
+            self._writes.setdefault(record.where, deque(maxlen=KEPT)).append(record.took_s)
 
     def restart(self) -> None:
         """A new attempt, perhaps of another size: step times begin anew; what saves cost is kept."""
@@ -87,7 +88,10 @@ class Pace:
     @property
     def write_s(self) -> float:
         """Seconds from a snapshot until it is durable in the store; 0 before the first."""
-        return median(self._writes) if self._writes else 0.0
+        return self._write_s(Where.STORE)
+
+    def _write_s(self, where: Where) -> float:
+        return median(self._writes[where]) if where in self._writes else 0.0
 
     def next(self, job: Job, current: Cadence, step: int) -> Cadence | None:
         """A cadence that differs from the current one, to begin a little after `step`; None when there is no reason."""
@@ -106,9 +110,21 @@ class Pace:
         memory = _settled(current.memory_every, memory)
         if store >= current.store_every or job.rpo_s == math.inf:  # an objective is no matter of about
             store = _settled(current.store_every, store)
-        if (memory, store) == (current.memory_every, current.store_every):
+        disk = self._other(job, job.disk, Where.DISK, current.disk_every)
+        second = self._other(job, job.second, Where.SECOND, current.second_every)
+        if replace(current, memory_every=memory, store_every=store, disk_every=disk, second_every=second) == current:
             return None
-        return Cadence(step + max(2, round(AHEAD_S / self.step_s)), memory, store)
+        return Cadence(step + max(2, round(AHEAD_S / self.step_s)), memory, store, disk, second)
+
+    def _other(self, job: Job, tier: DiskTier | StoreTier | None, where: Where, current: int) -> int:
+        """The interval of a further durable place, in steps; 0 for none."""
+        if tier is None or _never(tier.every):
+            return 0
+        wanted = store_interval(
+            self.step_s, self._write_s(where), slowdown=0.5, budget=5 * job.overhead,
+            memory_steps=1, current=current or None, every=tier.every,
+        )  # fmt: skip
+        return _settled(current, wanted)
 
 
     def reason(self, job: Job, cadence: Cadence) -> str:

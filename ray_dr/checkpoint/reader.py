@@ -25,7 +25,7 @@ from ray_dr.model.checkpoint import Box, Chunk, Part
 from ray_dr.repository.layout import chunk_key
 from ray_dr.stores.base import Store
 
-Kind = Literal["memory", "peer", "store"]
+Kind = Literal["memory", "peer", "disk", "store", "second"]
 
 
 class Source(Protocol):

@@ -9,9 +9,9 @@ process has mapped; copies lie in buffers of their own. The rules that keep the 
 * a new attempt keeps the version it restores from until a newer one is complete.
 
 A worker has two slots: the newest complete version, and the one on its way. When a save is due and none is free, it goes
-without, and asks (`want`): then a version goes that has been waiting to become complete for GIVE_UP_S (another rank had no
-slot for it, or its copy failed), or, while a slow store still reads the other slot, the newest complete version itself
-where peers hold copies of it.
+without, and asks (`want`): then a version goes that has been waiting to become complete for GIVE_UP_S (its copy failed, say),
+or, while a slow store still reads the other slot, the newest complete version itself where peers hold copies of it. What one
+rank goes without can't become complete: the supervisor says so to the others at once (`abandoned`).
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ KEPT_COPIES = 2
 """Versions kept per rank as copies for peers: the newest complete one, and the one on its way."""
 GIVE_UP_S = 2.0
 """A version becomes complete some ten milliseconds after its slowest copy, or never."""
+HOPELESS_MAX = 64
 
 
 @dataclass(slots=True, eq=False)
@@ -98,6 +99,7 @@ class Vault:
         self._holdings: dict[tuple[VersionId, int, bool], Holding] = {}
         self._complete: VersionId | None = None
         self._copied = False
+        self._hopeless: set[VersionId] = set()
         self._reading: set[Holding] = set()
         self._free: list[memoryview] = []
         self._pools: list[Pool] = []
@@ -200,6 +202,15 @@ class Vault:
             return self._copied and any(other.readers for other in mine)
         return self._clock() - holding.rested_at >= GIVE_UP_S
 
+    def abandoned(self, version: VersionId) -> None:
+        """`version` will never be complete, says the supervisor: its slots can be used."""
+        with self._lock:
+            if self._complete is None or version > self._complete:
+                self._hopeless.add(version)
+                while len(self._hopeless) > HOPELESS_MAX:
+                    self._hopeless.discard(min(self._hopeless))
+        self._sweep()
+
     def completed(self, version: VersionId, *, copied: bool = False) -> None:
         """Every part of `version` has its copies, says the supervisor: what is older may go, if this node has it.
 
@@ -281,7 +292,7 @@ class Vault:
         if newest is not None and holding.version <= newest:
             return holding.version != newest
         if holding.slot is not None:
-            return False
+            return holding.part is not None and holding.version in self._hopeless
         # A copy that is not complete: give up on it when enough newer ones of the same rank have come and are whole.
         newer = sum(
             other.rank == holding.rank and other.slot is None and other.part is not None and other.version > holding.version

@@ -34,4 +34,10 @@ def _shared(ring: list[str], domains: Mapping[str, Domain], shifts: list[int], s
 
 
 def _common(one: Domain, other: Domain) -> int:
-    return sum(a == b and a != "" for a, b in zip(one, other, strict=False))
+    """Levels that two domains share, from the largest on; a name means something within its larger domain only."""
+    shared = 0
+    for mine, theirs in zip(one, other, strict=False):
+        if mine != theirs:
+            break
+        shared += mine != ""
+    return shared

@@ -22,7 +22,11 @@ _LOG = re.compile(r"/log/(\d{12})\.(?:json|mark)$")
 _SAVE = re.compile(r"/(?:parts|chunks)/((\d{6,})-(\d{12,})-(\d{6,}))/")
 _JOURNAL = re.compile(r"/journal/(\d{6,})-(\d{8,})\.jsonl$")
 
+_PART = re.compile(r"/r(\d{5,})-([0-9a-f]{32})\.json$")
+
 JOBS_PREFIX = "jobs/"
+DIGEST_CHARS = 32
+"""Of a part list's hash in its name: the first half."""
 
 
 def job_prefix(job: str) -> str:
@@ -59,7 +63,13 @@ def save_folder(version: VersionId, term: int) -> str:
 
 
 def part_key(job: str, version: VersionId, *, term: int, rank: int, digest: str) -> str:
-    return f"{parts_prefix(job)}{save_folder(version, term)}/r{rank:05d}-{digest[:32]}.json"
+    return f"{parts_prefix(job)}{save_folder(version, term)}/r{rank:05d}-{digest[:DIGEST_CHARS]}.json"
+
+
+def part_of(key: str) -> tuple[int, str] | None:
+    """The rank and the first DIGEST_CHARS of the hash of a part list; None for any other key."""
+    found = _PART.search(key)
+    return (int(found[1]), found[2]) if found else None
 
 
 def folder_of(key: str) -> str:

@@ -10,7 +10,7 @@ from blake3 import blake3
 from ray_dr.errors import CheckpointError, CorruptChunk
 from ray_dr.model.checkpoint import Part, PartRef
 from ray_dr.model.codec import from_json, to_json
-from ray_dr.repository.layout import part_key
+from ray_dr.repository.layout import DIGEST_CHARS, part_key, part_of
 from ray_dr.stores.base import Store
 
 
@@ -43,14 +43,23 @@ def read_part(store: Store, ref: PartRef) -> Part:
     data = store.get(ref.key)
     if _digest(data) != ref.digest:
         raise CorruptChunk(ref.digest, source=f"{store.url}/{ref.key}")
+    return _parsed(data, f"{store.url}/{ref.key}")
+
+
+def read_listed(store: Store, key: str) -> Part:
+    """The part in the object that a listing showed, verified by the hash in its name. Raises as `read_part`."""
+    data = store.get(key)
+    named = part_of(key)
+    if named is None or _digest(data)[:DIGEST_CHARS] != named[1]:
+        raise CorruptChunk(named[1] if named else "", source=f"{store.url}/{key}")
+    return _parsed(data, f"{store.url}/{key}")
+
+
+def _parsed(data: bytes, name: str) -> Part:
     try:
-        return _decode(data)
+        part = from_json(Part, json.loads(data))
     except ValueError as error:
-        raise CheckpointError(f"{store.url}/{ref.key} can't be read: {error}") from error
-
-
-def _decode(data: bytes) -> Part:
-    part = from_json(Part, json.loads(data))
+        raise CheckpointError(f"{name} can't be read: {error}") from error
     assert isinstance(part, Part)
     return part
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import CancelledError, Executor, Future
 from dataclasses import dataclass, replace
 
@@ -27,7 +26,7 @@ class SavedPart:
 
 def save_part(
     store: Store,
-    log: CommitLog,
+    log: CommitLog | None,
     job: str,
     part: Part,
     stream: memoryview,
@@ -35,6 +34,7 @@ def save_part(
     term: int,
     known: KnownChunks,
     pool: Executor | None = None,
+    chunks: Iterable[Chunk] | None = None,
 ) -> SavedPart:
     """Store a sealed part (its chunks have their ids) whose bytes are `stream`.
 
@@ -42,13 +42,23 @@ def save_part(
     commit is refused should that checkpoint have been dropped by then (the reason why is in `prune`). Costs two small
     reads besides the puts. Raises StoreError; doing it again sends only what is missing.
 
-    pool   puts several chunks at a time; none is under way any more when this returns or raises
+    log      None: nothing is reused
+    pool     puts several chunks at a time; none is under way any more when this returns or raises
+    chunks   the part's chunks as they are sealed, where `part` has none yet: each is put when it comes
     """
-    base, there = _reusable(store, log, part.rank)
+    base, there = _reusable(store, log, part.rank) if log else ("", {})
     folder = save_folder(part.version, term)
-    placed = [replace(chunk, folder=there.get(chunk.id, folder)) for chunk in part.chunks]
-    new = list({chunk.id: chunk for chunk in placed if chunk.id not in there}.values())
-    sent = _put_all(new, lambda chunk: _put(store, job, chunk, stream, known), pool)
+    placed: list[Chunk] = []
+
+    def new() -> Iterator[Chunk]:
+        seen = set(there)
+        for chunk in part.chunks if chunks is None else chunks:
+            placed.append(replace(chunk, folder=there.get(chunk.id, folder)))
+            if chunk.id not in seen:
+                seen.add(chunk.id)
+                yield placed[-1]
+
+    sent = _put_all(new(), lambda chunk: _put(store, job, chunk, stream, known), pool)
     reuses = any(chunk.id in there for chunk in placed)
     listed = replace(part, chunks=tuple(placed))
     return SavedPart(write_part(store, job, listed, term=term, base=base if reuses else ""), sent)
@@ -67,7 +77,7 @@ def _reusable(store: Store, log: CommitLog, rank: int) -> tuple[str, Mapping[str
     return ref.digest, {chunk.id: chunk.folder for chunk in base.chunks}
 
 
-def _put_all(chunks: list[Chunk], put: Callable[[Chunk], int], pool: Executor | None) -> int:
+def _put_all(chunks: Iterable[Chunk], put: Callable[[Chunk], int], pool: Executor | None) -> int:
     """Bytes sent: of all chunks, or an error. After one no further chunk is begun."""
     if pool is None:
         return sum(put(chunk) for chunk in chunks)
@@ -83,23 +93,32 @@ def _put_all(chunks: list[Chunk], put: Callable[[Chunk], int], pool: Executor | 
             raise
 
     under_way: list[Future[int]] = []
-    with contextlib.suppress(RuntimeError):  # a pool that was shut down takes nothing more
-        for chunk in chunks:
-            under_way.append(pool.submit(put_unless_failed, chunk))
-    sent, given_up = 0, len(under_way) < len(chunks)
     errors: list[Exception] = []
+    try:
+        for chunk in chunks:
+            if failed.is_set():
+                break
+            under_way.append(pool.submit(put_unless_failed, chunk))
+    except RuntimeError:  # a pool that was shut down takes nothing more
+        errors.append(_given_up())
+    except CheckpointError as error:  # there is no more to come
+        failed.set()
+        errors.append(error)
+    sent = 0
     for each in under_way:
         try:
             sent += each.result()
         except CancelledError:  # `wait` would not return for these
-            given_up = True
+            errors.append(_given_up())
         except Exception as error:
-            errors.append(error)
+            errors.insert(0, error)
     if errors:
         raise errors[0]
-    if given_up:
-        raise StoreError("the save was given up: its writer is closing")
     return sent
+
+
+def _given_up() -> StoreError:
+    return StoreError("the save was given up: its writer is closing")
 
 
 def _put(store: Store, job: str, chunk: Chunk, stream: memoryview, known: KnownChunks) -> int:

@@ -75,6 +75,11 @@ class Completeness:
         """The kept versions that are whole there, newest first."""
         return tuple(row.version for row in reversed(self.rows) if row.where == where and row.complete)
 
+    def nodes(self, version: VersionId, where: Where) -> frozenset[str]:
+        """Who holds parts of a version there."""
+        row = self._row(version, where)
+        return frozenset(node for _, node in row.copies) if row else frozenset()
+
     def armed(self) -> VersionId | None:
         """The newest version of which every part has all its copies in memory: what a loss within the promise costs is the
         work since. None before the first."""

@@ -12,12 +12,12 @@ import torch
 from torch import nn
 from torch.utils.data import default_collate
 
-from ray_dr.checkpoint.cadence import due
+from ray_dr.checkpoint.cadence import places_due
 from ray_dr.errors import ConfigError
 from ray_dr.model.attempt import Assignment, Cadence
 from ray_dr.model.checkpoint import RECORD_WINDOW, Part, StepRecord, VersionId
 from ray_dr.model.data import Order, Slice
-from ray_dr.model.journal import DataOpened, Marked
+from ray_dr.model.journal import DataOpened, Marked, Where
 from ray_dr.stores.base import Store
 from ray_dr.train import data as elastic
 from ray_dr.train.collectives import Reducer
@@ -31,7 +31,10 @@ RECORDS_KEPT = 4
 """Step records that every part repeats, for the case that the part before it got lost."""
 FORCED_SAVE_S = 60.0
 """A save that was asked for waits this long for a free slot; one that is merely due does not wait."""
+WANT_S = 0.2
+"""A save that waits asks for a slot that often: a version may have to wait for its time before it is given up."""
 EVERY_STEP = Cadence(0, 1, 0)
+EVERYWHERE = frozenset((Where.DISK, Where.STORE, Where.SECOND))
 
 
 class StopAttempt(BaseException):
@@ -66,12 +69,11 @@ class Control:
             self.step = step
             return self._stop_step is not None and step >= self._stop_step
 
-    def saves_due(self, step: int) -> tuple[bool, bool]:
-        """(to memory, to the store too) after `step` steps."""
+    def places_due(self, step: int) -> frozenset[Where]:
+        """Where the state after `step` steps is to go."""
         if self.next_cadence is not None and step >= self.next_cadence.from_step:
             self.cadence, self.next_cadence = self.next_cadence, None
-        to_store = due(step, self.cadence.store_every)
-        return to_store or due(step, self.cadence.memory_every), to_store
+        return places_due(step, self.cadence)
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,11 +220,11 @@ class Context:
             data.position = state.step * data.global_batch
         stop = self._control.finish_step(state.step)
         self._say(state.step, slices, indices, took_s)
-        memory, to_store = self._control.saves_due(state.step)
+        places = self._control.places_due(state.step)
         if stop or last:
-            self._save(state, to_store=last or self._control.everywhere, wait_s=FORCED_SAVE_S)
-        elif memory:
-            self._save(state, to_store=to_store, wait_s=0.0)
+            self._save(state, EVERYWHERE if last or self._control.everywhere else frozenset(), wait_s=FORCED_SAVE_S)
+        elif places:
+            self._save(state, places, wait_s=0.0)
         if stop and not last:
             raise StopAttempt
 
@@ -237,13 +239,19 @@ class Context:
 
     # -- saving
 
-    def _save(self, state: State, *, to_store: bool, wait_s: float) -> None:
+    def _save(self, state: State, places: frozenset[Where], *, wait_s: float) -> None:
         begun = time.monotonic()
         flat = flatten(state.objects, rank=self._a.rank, world=self._a.world)
         plan = self._planner.plan(flat)
         if not self._link.asked:
             self._link.open_pool(plan.size)
-        taken = self._link.take_slot(plan.size, wait_s)
+        taken = self._link.take_slot(plan.size, 0.0)
+        while taken is None:
+            left = begun + wait_s - time.monotonic()
+            self._link.want_slot(None if left > 0 else VersionId(self._a.attempt, state.step))
+            if left <= 0:
+                break
+            taken = self._link.take_slot(plan.size, min(left, WANT_S))
         if taken is None:
             if wait_s:
                 raise ConfigError(f"no memory slot of {plan.size} bytes became free in {wait_s:g} s", key="checkpoint",
@@ -255,8 +263,11 @@ class Context:
         self._window = self._window[-RECORDS_KEPT:]  # the part carries the rest; these few cover a part that gets lost
         self._link.staged(
             index, part, staged_at=time.time(), stall_s=time.monotonic() - begun, copy_to=self._a.copy_to,
-            to_store=to_store, job=self._a.job, term=self._a.term,
+            to={place: self._name_and_term(place) for place in sorted(places) if place in self._a.terms},
         )  # fmt: skip
+
+    def _name_and_term(self, place: Where) -> tuple[str, int]:
+        return (self._a.disk[1] if place is Where.DISK else self._a.job), self._a.terms[place]
 
     def _part(self, state: State, flat: Flat, plan: Any) -> Part:
         version = VersionId(self._a.attempt, state.step)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ray_dr.checkpoint.described import describe
 from ray_dr.checkpoint.memory import attach
 from ray_dr.errors import ConfigError, StoreError
 from ray_dr.model import codec
-from ray_dr.model.checkpoint import Part, StepRecord
+from ray_dr.model.checkpoint import Part, StepRecord, VersionId
 from ray_dr.model.journal import Record
 from ray_dr.model.recovery import Event
 from ray_dr.stores.wire import connect
@@ -67,12 +68,18 @@ class Link:
             self._free.discard(index)
             return index, self._slots[index]
 
-    def staged(self, slot: int, part: Part, *, staged_at: float, stall_s: float, copy_to: str, to_store: bool, job: str,
-               term: int) -> None:  # fmt: skip
-        """Hand a filled slot over to the agent."""
+    def want_slot(self, skipped: VersionId | None) -> None:
+        """A save was due and there was no slot for it: the agent may have one to spare. `skipped`: the version that this rank
+        therefore will not save, and that can't become whole; None while it still waits."""
+        self._connection.send({"op": "want", "skipped": codec.to_json(skipped)})
+
+    def staged(self, slot: int, part: Part, *, staged_at: float, stall_s: float, copy_to: Sequence[str],
+               to: Mapping[str, tuple[str, int]]) -> None:  # fmt: skip
+        """Hand a filled slot over to the agent: for copies at the agents `copy_to`, and for durable places, with the job's
+        name and term there."""
         self._connection.send({
             "op": "staged", "slot": slot, "part": describe(part), "staged_at": staged_at, "stall_s": stall_s,
-            "copy_to": copy_to, "to_store": to_store, "job": job, "term": term,
+            "copy_to": list(copy_to), "to": dict(to),
         })  # fmt: skip
 
     def step(self, record: StepRecord, at: float) -> None:

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 
 from ray_dr.checkpoint.described import parse
+from ray_dr.checkpoint.local_disk import LocalDisk
 from ray_dr.checkpoint.memory import attach
-from ray_dr.checkpoint.reader import MemorySource, Source, StoreSource, read_state
+from ray_dr.checkpoint.reader import Kind, MemorySource, Source, StoreSource, read_state
 from ray_dr.checkpoint.restore_plan import build_index
 from ray_dr.errors import CheckpointError, CorruptChunk, NoCheckpoint, StoreError
 from ray_dr.model.attempt import Assignment, Origin
-from ray_dr.model.checkpoint import Box, Part
+from ray_dr.model.checkpoint import Box, Part, PartRef
 from ray_dr.model.journal import Noted, Restored
 from ray_dr.repository.parts import read_part
 from ray_dr.stores.base import Store
+from ray_dr.stores.open import open_store
 from ray_dr.stores.peer import PeerReader
 from ray_dr.train.link import Link
 from ray_dr.train.state import Local, Target, bytes_of
@@ -58,7 +61,6 @@ class _Readers:
         self._a, self._token = a, token
         self._origin: Origin = a.origin  # type: ignore[assignment]
         self._open: dict[str, PeerReader] = {}
-        self._refs = {ref.rank: ref for ref in self._origin.parts}
 
     def part(self, rank: int, store: Store) -> Part:
         """The description of a rank's part, from the first holder that answers, else from the store."""
@@ -67,39 +69,63 @@ class _Readers:
                 return parse(self._reader(address).part(self._origin.version, rank))
             except StoreError:
                 continue
-        if rank not in self._refs:
-            raise NoCheckpoint(f"nobody holds rank {rank} of step {self._origin.version.step} any more")
-        return read_part(store, self._refs[rank])
+        for kept, refs, _ in self._stores(store):
+            if rank in refs:
+                return read_part(kept(), refs[rank])
+        raise NoCheckpoint(f"nobody holds rank {rank} of step {self._origin.version.step} any more")
 
     def sources(self, part: Part, store: Store) -> tuple[Source, ...]:
         """Where a part's bytes can be read, nearest first."""
         found: list[Source] = []
         for address in self._nearest(part.rank):
             try:
-                found.append(self._memory(address, part))
+                found.append(self._held(address, part))
             except (StoreError, OSError):
                 continue
-        if part.rank in self._refs:
-            try:
-                found.append(StoreSource(store, self._a.job, read_part(store, self._refs[part.rank])))
-            except (StoreError, CheckpointError):
-                if not found:
-                    raise  # with a copy in memory, a store that is away does no harm
+        failed: Exception | None = None
+        for kept, refs, kind in self._stores(store):
+            if part.rank in refs:
+                try:
+                    found.append(StoreSource(kept(), self._a.job, read_part(kept(), refs[part.rank]), kind))
+                except (StoreError, CheckpointError) as error:
+                    failed = failed or error
+        if failed is not None and not found:
+            raise failed  # with another copy, a store that is away does no harm
         return tuple(found)
+
+    def _stores(self, first: Store) -> tuple[tuple[Callable[[], Store], dict[int, PartRef], Kind], ...]:
+        """The stores in order, each with the part lists that are there."""
+        refs, second = ({ref.rank: ref for ref in parts} for parts in (self._origin.parts, self._origin.second))
+        return ((lambda: first), refs, "store"), ((lambda: self._second), second, "second")
+
+    @functools.cached_property
+    def _second(self) -> Store:
+        return open_store(self._a.second_url)
+
+    @functools.cached_property
+    def _disk(self) -> LocalDisk:
+        url, job = self._a.disk
+        return LocalDisk(lambda: open_store(url), job, "this node")
 
     def close(self) -> None:
         for reader in self._open.values():
             reader.close()
 
     def _nearest(self, rank: int) -> tuple[str, ...]:
-        holders = self._origin.holders.get(str(rank), ())
-        return tuple(sorted(holders, key=lambda address: address != self._a.agent))
+        """Agents that hold a part: in memory, then on disk, this node's own first of each."""
+        found: list[str] = []
+        for holders in (self._origin.holders, self._origin.disks):
+            found += sorted(holders.get(str(rank), ()), key=lambda address: address != self._a.agent)
+        return tuple(dict.fromkeys(found))
 
-    def _memory(self, address: str, part: Part) -> Source:
-        reader = self._reader(address)
-        if address == self._a.agent and (place := reader.place(part.version, part.rank)) is not None:
+    def _held(self, address: str, part: Part) -> Source:
+        reader, own = self._reader(address), address == self._a.agent
+        if own and (place := reader.place(part.version, part.rank)) is not None:
             path, offset = place
             return MemorySource(attach(path, offset + part.size)[offset:])
+        in_memory = address in self._origin.holders.get(str(part.rank), ())
+        if own and not in_memory and self._a.disk:
+            return StoreSource(self._disk.store, self._disk.job, self._disk.part(part.version, part.rank), "disk")
         return reader.source(part.version, part.rank)
 
     def _reader(self, address: str) -> PeerReader:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from ray_dr.checkpoint.cadence import due, memory_interval, store_interval
-from ray_dr.telemetry.tiers import KEPT, Completeness
 from ray_dr.model.checkpoint import VersionId
 from ray_dr.model.job import Every
 from ray_dr.model.journal import Where
+from ray_dr.telemetry.tiers import KEPT, Completeness
 
 
 @pytest.mark.parametrize(

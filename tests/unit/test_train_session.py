@@ -60,8 +60,9 @@ class Stage:
     def start(self, attempt: int, members: list[int], origin: Origin | None = None, **settings: Any) -> None:
         for rank, worker in enumerate(members):
             assignment = Assignment(
-                "job", attempt, 1, f"w{worker}", rank, len(members), rank, self.rendezvous[members[0]],
-                self.agent.address, "", origin, Cadence(0, 1, 0), "gloo", False, 0, 4, self.store_url, settings,
+                "job", attempt, f"w{worker}", rank, len(members), rank, self.rendezvous[members[0]],
+                self.agent.address, (), origin, Cadence(0, 1, 0), "gloo", False, 0, 4, self.store_url, settings,
+                {"store": 1},
             )  # fmt: skip
             assert self.ask(worker, "start", assignment)
 

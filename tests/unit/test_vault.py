@@ -116,9 +116,23 @@ def test_an_incomplete_version_goes_when_its_slot_is_wanted_and_it_had_its_time(
     node.vault.completed(v(1))
     node.save(v(2))
     node.vault.want("w0")
-    assert node.versions == {v(1), v(2)} and not node.free, "it may become complete any moment"
+    assert node.versions == {v(1), v(2)}
+    assert not node.free, "it may become complete any moment"
     node.now += GIVE_UP_S
     node.vault.want("w0")
+    assert node.versions == {v(1)}
+    assert len(node.free) == 1
+
+
+def test_a_version_that_another_rank_went_without_goes_at_once_also_when_it_comes_later(node: Node) -> None:
+    node.save(v(1))
+    node.vault.completed(v(1))
+    node.save(v(2))
+    node.vault.abandoned(v(2))
+    assert node.versions == {v(1)}
+    node.vault.abandoned(v(3))
+    node.vault.abandoned(v(1))
+    node.save(v(3))
     assert node.versions == {v(1)}
     assert len(node.free) == 1
 

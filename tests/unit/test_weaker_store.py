@@ -8,7 +8,9 @@ import pytest
 
 from ray_dr import config
 from ray_dr.actors import launch, supervisor
+from ray_dr.checkpoint import depot
 from ray_dr.actors.perform import Found
+from ray_dr.checkpoint import depot
 from ray_dr.model.job import Job, StoreTier
 from ray_dr.model.journal import JobOpened, Noted, Record
 from ray_dr.stores import open as opening
@@ -41,7 +43,7 @@ class NoCluster:
 
 def opened(store: Store, monkeypatch: pytest.MonkeyPatch) -> list[Record]:
     """What a supervisor's journal holds when it has opened its job."""
-    monkeypatch.setattr(supervisor, "open_store", lambda _: store)
+    monkeypatch.setattr(depot, "open_store", lambda _: store)
     monkeypatch.setattr(supervisor, "Performer", NoCluster)
     host = supervisor.Host(JOB, b"", b"")
     host._open()

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -15,8 +16,9 @@ from blake3 import blake3
 from ray_dr.actors.node_agent import Agent
 from ray_dr.checkpoint import writer as writing
 from ray_dr.checkpoint.memory import attach
-from ray_dr.checkpoint.vault import Vault
-from ray_dr.checkpoint.writer import Task, Writer
+from ray_dr.checkpoint.sealing import seal
+from ray_dr.checkpoint.vault import GIVE_UP_S, Vault
+from ray_dr.checkpoint.writer import Places, Task, Writer
 from ray_dr.errors import NotFound
 from ray_dr.model.checkpoint import CHUNK_BYTES, Part, PartRef, VersionId
 from ray_dr.model.journal import Noted, PartSaved, Record, Where
@@ -28,6 +30,7 @@ from ray_dr.stores.peer import PeerReader
 TOKEN = b"secret"
 SIZE = CHUNK_BYTES + 12_345
 WAIT_S = 60.0
+STORE = {Where.STORE: ("job", 1)}
 
 
 @dataclass
@@ -39,14 +42,20 @@ class Bench:
     freed: threading.Condition = field(default_factory=threading.Condition)
 
     def __post_init__(self) -> None:
-        self.vault = Vault("node-a", self._came_free)
-        self.writer = Writer(self.vault, self.store, TOKEN, lambda record, ref: self.said.append((record, ref)))
+        self.now = 0.0
+        self.vault = Vault("node-a", self._came_free, lambda: self.now)
+        self.disk = FaultyStore(MemoryStore())
+        places = {Where.STORE: lambda: self.store, Where.DISK: lambda: self.disk}
+        self.writer = Writer(self.vault, places, TOKEN, lambda record, ref: self.said.append((record, ref)))
         path, self.per_slot, count, free = self.vault.open_pool("w0", SIZE)
         self.slots, self.free = attach(path, self.per_slot * count), set(free)
 
-    def save(self, step: int, *, peer: str = "", to_store: bool = False, term: int = 1) -> bytes:
+    def save(self, step: int, *, peer: str = "", to_store: bool = False, to: Places = MappingProxyType({}),
+             peers: tuple[str, ...] = ()) -> bytes:  # fmt: skip
         with self.freed:
-            assert self.freed.wait_for(lambda: self.free, WAIT_S)
+            while not self.freed.wait_for(lambda: self.free, 0.05):
+                self.now += GIVE_UP_S
+                self.vault.want("w0")
             slot = min(self.free)
             self.free.discard(slot)
         data = (b"%06d" % step) * (SIZE // 6) + b"#" * (SIZE % 6)
@@ -54,7 +63,9 @@ class Bench:
         version = VersionId(1, step)
         holding = self.vault.stage("w0", slot, version=version, rank=0, world=1, size=SIZE)
         part = Part(version, 0, 1, SIZE, (), ())
-        self.writer.submit(Task(holding, part, 0.0, 0.0, peer, to_store, "job", term))
+        self.writer.submit(
+            Task(holding, part, 0.0, 0.0, (peer,) if peer else peers, {**to, **STORE} if to_store else to)
+        )
         return data
 
     def places(self, step: int) -> list[Where]:
@@ -112,7 +123,7 @@ def test_a_sealed_part_names_every_chunk_by_its_hash(bench: Bench) -> None:
 def test_a_save_reaches_memory_the_peer_and_the_store(bench: Bench, peer: Agent) -> None:
     data = bench.save(1, peer=peer.address, to_store=True)
     assert bench.writer.drain(WAIT_S)
-    assert bench.places(1) == [Where.MEMORY, Where.PEER, Where.STORE]
+    assert sorted(bench.places(1)) == [Where.MEMORY, Where.PEER, Where.STORE]
     assert bench.stored(1) == data
     reader = PeerReader(peer.address, TOKEN)
     into = bytearray(SIZE)
@@ -258,13 +269,80 @@ def test_saves_that_come_while_the_store_is_busy_are_given_up_and_hold_no_slot(b
     assert bench.stored(9) == last
 
 
+def test_a_chunk_is_in_the_store_before_the_last_one_is_hashed(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = threading.Event()
+
+    def slow_seal(part: Part, stream: memoryview) -> Iterator[Any]:
+        first, *rest = seal(part, stream)
+        yield first
+        assert stored.wait(WAIT_S), "its chunk is put while the next one is not sealed yet"
+        yield from rest
+
+    monkeypatch.setattr(writing, "seal", slow_seal)
+    put = bench.store.put
+
+    def noted_put(key: str, data: Any, *, if_absent: bool = False) -> None:
+        put(key, data, if_absent=if_absent)
+        if "/chunks/" in key:
+            stored.set()
+
+    monkeypatch.setattr(bench.store, "put", noted_put)
+    data = bench.save(1, to_store=True)
+    assert bench.writer.drain(WAIT_S)
+    assert bench.notes == []
+    assert bench.stored(1) == data
+
+
+def test_a_part_that_could_not_be_sealed_reaches_no_place(
+    bench: Bench, peer: Agent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(part: Part, stream: memoryview) -> Iterator[Any]:
+        yield next(iter(seal(part, stream)))
+        raise RuntimeError("a bad day")
+
+    monkeypatch.setattr(writing, "seal", broken)
+    bench.save(1, peer=peer.address, to_store=True)
+    assert bench.writer.drain(WAIT_S)
+    assert bench.places(1) == []
+    assert peer.vault.held() == ()
+    assert bench.vault.held() == ()
+    assert {note.name for note in bench.notes} == {"writer.failed"}
+    assert len(bench.free) == 2
+    assert [entry for entry in bench.store.list("") if "/parts/" in entry.key] == []
+
+
+@pytest.mark.parametrize("broken", [Where.STORE, Where.DISK])
+def test_a_place_in_trouble_keeps_nothing_from_the_others(bench: Bench, broken: Where) -> None:
+    places = {Where.STORE: bench.store, Where.DISK: bench.disk}
+    places[broken].unavailable = True
+    bench.save(1, to={**STORE, Where.DISK: ("job.life", 1)})
+    assert bench.writer.drain(WAIT_S)
+    (other,) = set(places) - {broken}
+    assert bench.places(1) == [Where.MEMORY, other]
+    assert [note.name for note in bench.notes] == [f"{broken}.unavailable"]
+    folder = "jobs/job.life/" if other is Where.DISK else "jobs/job/"
+    assert any(entry.key.startswith(f"{folder}parts/") for entry in places[other].list(""))
+
+
+def test_copies_go_to_every_peer_and_say_on_which_node_they_are(bench: Bench, peer: Agent) -> None:
+    third = Agent("node-c", "127.0.0.1", "memory://writer-third", TOKEN)
+    bench.save(1, to={}, peers=(peer.address, third.address))
+    assert bench.writer.settle(WAIT_S)
+    saved = [r for r, _ in bench.said if isinstance(r, PartSaved)]
+    assert {(r.where, r.node) for r in saved} == {
+        (Where.MEMORY, "node-a"), (Where.PEER, "node-b"), (Where.PEER, "node-c"),
+    }  # fmt: skip
+    assert [held.version.step for agent in (peer, third) for held in agent.vault.held()] == [1, 1]
+    third.close()
+
+
 def test_a_final_save_waits_behind_the_one_the_store_is_taking(bench: Bench) -> None:
     released = bench.store.hang("put")
     bench.save(1, to_store=True)
     bench.until_the_store_is_asked()
     last = bench.save(2, to_store=True)
     assert bench.writer.settle(WAIT_S)
-    assert bench.writer.store_again(VersionId(1, 2), "job", 1) == 1
+    assert bench.writer.store_again(VersionId(1, 2), STORE) == 1
     released.set()
     assert bench.writer.drain(WAIT_S)
     assert bench.stored(2) == last
@@ -275,17 +353,17 @@ def test_a_version_the_store_refused_can_be_put_again(bench: Bench) -> None:
     data = bench.save(1, to_store=True)
     assert bench.writer.drain(WAIT_S)
     bench.store.unavailable = False
-    assert bench.writer.store_again(VersionId(1, 1), "job", 1) == 1
+    assert bench.writer.store_again(VersionId(1, 1), STORE) == 1
     assert bench.writer.drain(WAIT_S)
     assert bench.stored(1) == data
-    assert bench.writer.store_again(VersionId(1, 9), "job", 1) == 0
+    assert bench.writer.store_again(VersionId(1, 9), STORE) == 0
 
 
 def test_a_save_that_broke_off_sends_only_what_is_missing(bench: Bench) -> None:
     bench.save(1, to_store=True)
     assert bench.writer.drain(WAIT_S)
     bench.said.clear()
-    assert bench.writer.store_again(VersionId(1, 1), "job", 1) == 1
+    assert bench.writer.store_again(VersionId(1, 1), STORE) == 1
     assert bench.writer.drain(WAIT_S)
     ((record, _),) = bench.said
     assert isinstance(record, PartSaved)
@@ -297,7 +375,10 @@ def test_slots_come_back_after_every_save_however_it_ended(bench: Bench) -> None
     for step in range(1, 9):
         bench.save(step, peer="127.0.0.1:1", to_store=True)
     assert bench.writer.drain(WAIT_S)
-    assert len(bench.free) == 2
+    assert {held.version.step for held in bench.vault.held()} == {7, 8}
+    bench.now += GIVE_UP_S
+    bench.vault.want("w0")
+    assert len(bench.free) == 1
 
 
 def test_closing_ends_both_threads_even_with_saves_waiting(bench: Bench) -> None:
@@ -306,7 +387,7 @@ def test_closing_ends_both_threads_even_with_saves_waiting(bench: Bench) -> None
     bench.until_the_store_is_asked()
     bench.save(2)
     assert bench.writer.settle(WAIT_S)
-    assert bench.writer.store_again(VersionId(1, 2), "job", 1) == 1
+    assert bench.writer.store_again(VersionId(1, 2), STORE) == 1
     bench.writer.close()
     released.set()
     for thread in threading.enumerate():

@@ -69,8 +69,9 @@ class Ranks:
         attempt = self._attempt = next(self._numbers)
         for rank in range(world):
             assignment = Assignment(
-                "job", attempt, 1, f"worker-{attempt}-{rank}", rank, world, rank, self._rendezvous[0],
-                self.agent.address, "", origin, cadence, "gloo", deterministic, seed, 4, self._store_url, settings,
+                "job", attempt, f"worker-{attempt}-{rank}", rank, world, rank, self._rendezvous[0],
+                self.agent.address, (), origin, cadence, "gloo", deterministic, seed, 4, self._store_url, settings,
+                {"store": 1},
             )  # fmt: skip
             self._pipes[rank].send((assignment, program))
         answers = [attempted(pipe) for pipe in self._pipes[:world]]

@@ -1,0 +1,182 @@
+"""From a decision to a running group: what is held where, who restores from what, and who keeps whose copies."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from ray_dr.actors import cluster
+from ray_dr.actors.watch import Watch
+from ray_dr.checkpoint.local_disk import life_name
+from ray_dr.checkpoint.pace import first_cadence
+from ray_dr.errors import ClusterError
+from ray_dr.model import codec
+from ray_dr.model.attempt import Assignment, Origin
+from ray_dr.model.checkpoint import Held, VersionId
+from ray_dr.model.journal import Marked, Where
+from ray_dr.model.recovery import Group, InventoryTaken
+from ray_dr.recovery.plan import choose_version, copies
+from ray_dr.recovery.replicas import Domain, replicas
+
+if TYPE_CHECKING:
+    from ray_dr.actors.supervisor import Host
+
+CALL_S = 10.0
+SETTLE_S = 2.0
+"""An inventory waits this long for parts that are being hashed right now."""
+SEAL_S = 30.0
+JOURNAL_S = 2.0
+"""An attempt writes to the nodes' disks only when the store's journal knows of it: this long is waited for that."""
+
+
+@dataclass(slots=True)
+class AgentRef:
+    """A living agent; `watch` is the open connection to it, `domain` where its node stands."""
+
+    node: str
+    handle: Any
+    address: str
+    watch: Watch
+    domain: Domain = ()
+
+
+@dataclass(slots=True)
+class WorkerRef:
+    """A worker process; `rendezvous` is known once it is ready."""
+
+    worker: str
+    node: str
+    handle: Any
+    rendezvous: str = ""
+    attempt: int = 0
+    step: int = 0
+    running: bool = False
+    rank: int = -1
+    restore: VersionId | None = None
+
+
+class Forming:
+    """Works on the performer's agents and workers. `began` is the version the newest group began from, `peers` how many
+    copies of each part the newest group keeps on other nodes."""
+
+    def __init__(self, host: Host, agents: dict[str, AgentRef], workers: dict[str, WorkerRef]) -> None:
+        self._host, self._job = host, host.job
+        self._agents, self._workers = agents, workers
+        self.cadence = first_cadence(host.job)
+        self.began: VersionId | None = None
+        self.peers = 0
+        self.unreadable: frozenset[VersionId] = frozenset()
+
+    def refs(self, members: Iterable[str]) -> list[WorkerRef]:
+        """Those that are there."""
+        return [self._workers[worker] for worker in members if worker in self._workers]
+
+    def take_inventory(self, incident: int, ask: int) -> None:
+        """Tell the machine the newest version that can be restored."""
+        held = self._held()
+        stored = [manifest.version for manifest in self._host.stored]
+        good = [version for version in stored if version not in self.unreadable]
+        newest = choose_version([item for item in held if item.version not in self.unreadable], good[-1] if good else None)
+        if newest is None:  # never from scratch while there is a version: trying an unreadable one again says what is wrong
+            newest = choose_version(held, stored[-1] if stored else None)
+        self._host.post(InventoryTaken(time.time(), incident, newest, ask))
+
+    def form(self, group: Group) -> None:
+        """Send every member its assignment. Raises ClusterError when one does not begin."""
+        began = time.monotonic()
+        self.began = group.restore
+        origin = self._origin(group.restore) if group.restore else None
+        keep = codec.to_json(group.restore) if group.restore else None
+        answers = cluster.gather([a.handle.begin.remote(keep) for a in tuple(self._agents.values())], CALL_S)
+        self.cadence = replace(self.cadence, from_step=0)
+        refs = self.refs(group.members)
+        if len(refs) != len(group.members):
+            raise ClusterError("a member of the group is gone")
+        assignments = self._assignments(group, refs, origin)
+        calls = [ref.handle.start.remote(codec.to_json(a)) for ref, a in zip(refs, assignments, strict=True)]
+        answers = cluster.gather(calls, CALL_S)
+        if refused := [answer for answer in answers if answer is not True]:
+            raise ClusterError(f"a member did not begin: {refused[0]!r}")
+        self._host.journal.append(Marked(time.time(), group.attempt, "group_formed", time.monotonic() - began))
+
+    def expected_peers(self) -> int:
+        """Copies on other nodes that a group formed with the living agents keeps of each part."""
+        return max(0, min(self._job.memory.copies, len(self._agents)) - 1)
+
+    def _held(self) -> list[Held]:
+        refs = [agent.handle.held.remote(SETTLE_S) for agent in tuple(self._agents.values())]
+        held: list[Held] = []
+        for answer in cluster.gather(refs, CALL_S):
+            if not isinstance(answer, Exception):
+                held += [codec.from_json(Held, item) for item in answer]
+        return held
+
+    def _origin(self, version: VersionId) -> Origin:
+        """Where a version can be read. Waits until every part that was just staged is sealed."""
+        stored = {where: depot.refs(version) for where, depot in self._host.depots.items()}
+        first, second = (stored.get(where, ()) for where in (Where.STORE, Where.SECOND))
+        deadline = time.monotonic() + SEAL_S
+        while True:
+            held = [item for item in self._held() if item.version == version]
+            if first or second or choose_version(held, None) == version:
+                break
+            if time.monotonic() > deadline:
+                raise ClusterError(f"nobody holds all of step {version.step} of attempt {version.attempt}")
+            time.sleep(0.02)
+        world = held[0].world if held else len(first or second)
+        addresses = {node: agent.address for node, agent in tuple(self._agents.items())}
+        in_memory, on_disk = (
+            {
+                str(rank): tuple(addresses[node] for node in nodes if node in addresses)
+                for rank, nodes in copies(held, version, disk=disk).items()
+            }
+            for disk in (False, True)
+        )
+        return Origin(version, world, in_memory, first, on_disk, second)
+
+    def _assignments(self, group: Group, refs: list[WorkerRef], origin: Origin | None) -> list[Assignment]:
+        w, host = self._job.workers, self._host
+        seen: dict[str, int] = {}
+        disk = self._disk()
+        terms = {str(where): depot.term for where, depot in host.depots.items()}
+        if disk:
+            terms[Where.DISK] = host.term
+        keepers = replicas({node: agent.domain for node, agent in self._agents.items()}, self._job.memory.copies)
+        self.peers = self.expected_peers()
+        out = []
+        for rank, ref in enumerate(refs):
+            local = seen[ref.node] = seen.get(ref.node, -1) + 1
+            out.append(
+                Assignment(
+                    self._job.name, group.attempt, ref.worker, rank, len(refs), local,
+                    refs[0].rendezvous, self._agents[ref.node].address,
+                    tuple(self._agents[node].address for node in keepers[ref.node]), origin, self.cadence,
+                    self._job.backend, self._job.deterministic, self._job.seed, w.nodes_max * w.per_node,
+                    self._job.store.url, dict(self._job.settings), terms, disk,
+                    self._job.second.url if self._job.second else "",
+                )
+            )  # fmt: skip
+        return out
+
+    def _disk(self) -> tuple[str, ...]:
+        """The job's place on the nodes' disks; none in this attempt when the store's journal does not know of it yet: its
+        number could be given out again after the loss of everything but the disks, and parts of two attempts be mixed."""
+        place = self._host.disk
+        if place and not self._host.journal.flush(JOURNAL_S):
+            self._host.note("disk.unavailable", error="the journal does not reach the store", attempt=self._host.state.attempt)
+            return ()
+        return place
+
+
+def disk_place(job: str, url: str, life: str) -> tuple[str, ...]:
+    """(URL, the job's name there) of the local disks; empty without such a tier, or when the life can't be told."""
+    return (url, life_name(job, life)) if url and life else ()
+
+
+def domain_of(labels: dict[str, str]) -> Domain:
+    """Region, zone and rack of a node by Ray's node labels."""
+    return tuple(labels.get(label, "") for label in ("ray.io/availability-region", "ray.io/availability-zone", "rack"))
+
+

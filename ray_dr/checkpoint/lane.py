@@ -1,0 +1,156 @@
+"""One durable place of a node's parts (the store, the local disk, the second store): a thread that takes one after the other.
+
+A part's chunks are put while later ones are still being hashed: both read them from the slot, and nothing is copied. So the
+memory of a save is its slot; of what a put needs besides (a sealed chunk, a part of a multipart upload) there is at most one
+per chunk under way, PUTS of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from ray_dr.checkpoint.vault import Holding
+from ray_dr.errors import CheckpointError, StoreError
+from ray_dr.model.checkpoint import Chunk, Part, PartRef
+from ray_dr.model.journal import PartSaved, Where
+from ray_dr.repository.chunks import KnownChunks
+from ray_dr.repository.commit import CommitLog
+from ray_dr.repository.saving import save_part
+from ray_dr.stores.base import Store
+
+QUEUE_MAX = 1
+"""Parts that wait behind the one under way; only a final save lines up there."""
+PUTS = 4
+"""Chunks on their way at a time: an fsync or a round trip of one is the time in which others are written."""
+
+
+class ChunkStream:
+    """The chunks of a part, in order, while they are being sealed. Any number of threads may iterate, each from the first."""
+
+    def __init__(self, chunks: tuple[Chunk, ...] = ()) -> None:
+        self._chunks = list(chunks)
+        self._ended = bool(chunks)
+        self._failed = False
+        self._changed = threading.Condition()
+
+    def add(self, chunk: Chunk) -> None:
+        """The next one."""
+        with self._changed:
+            self._chunks.append(chunk)
+            self._changed.notify_all()
+
+    def end(self, *, failed: bool = False) -> None:
+        """No more will come; or the part came to nothing, which raises CheckpointError in whoever iterates."""
+        with self._changed:
+            self._ended, self._failed = True, failed
+            self._changed.notify_all()
+
+    def __iter__(self) -> Iterator[Chunk]:
+        at = 0
+        while (chunk := self._at(at)) is not None:
+            yield chunk
+            at += 1
+
+    def _at(self, number: int) -> Chunk | None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._ended or len(self._chunks) > number)
+            if self._failed:
+                raise CheckpointError("the part could not be sealed")
+            return self._chunks[number] if number < len(self._chunks) else None
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """A part on its way to a place. `part` may have no chunks yet: `chunks` are them. `job` and `term` are those there."""
+
+    holding: Holding
+    part: Part
+    chunks: ChunkStream
+    staged_at: float
+    job: str
+    term: int
+
+
+class Lane:
+    """Takes loads to one place. `done` is called with each load that is through, whatever became of it; its bytes are no
+    longer read then.
+
+    open_it   gives the store when the first load comes; what it raises is that load's misfortune
+    logged    whether the place has commit logs, so that chunks of its newest checkpoint need not be put again
+    """
+
+    def __init__(
+        self, where: Where, open_it: Callable[[], Store], node: str, *, logged: bool,
+        report: Callable[[PartSaved, PartRef], None], note: Callable[..., None], done: Callable[[Load], None],
+    ) -> None:  # fmt: skip
+        self.where, self._open_it, self._node, self._logged = where, open_it, node, logged
+        self._report, self._note, self._done = report, note, done
+        self._store: Store | None = None
+        self._known = KnownChunks()
+        self._logs: dict[str, CommitLog] = {}
+        self._queue: queue.Queue[Load | None] = queue.Queue(QUEUE_MAX)
+        self._lock = threading.Lock()
+        self._bound = 0
+        self._closing = False
+        self._putting = ThreadPoolExecutor(PUTS, thread_name_prefix=f"writer-put-{where}")
+        threading.Thread(target=self._run, name=f"writer-{where}", daemon=True).start()
+
+    def offer(self, load: Load) -> bool:
+        """Take a load on when idle. What waits for a slow place holds a slot that copies in memory need, so a save that comes
+        while another is on its way is given up: the next one catches up."""
+        if self._bound:
+            self._note(f"{self.where}.behind", step=load.part.version.step)
+            return False
+        return self.enqueue(load)
+
+    def enqueue(self, load: Load) -> bool:
+        """Line up; False when somebody waits there already."""
+        with self._lock:
+            try:
+                self._queue.put_nowait(load)
+            except queue.Full:
+                return False
+            self._bound += 1
+            return True
+
+    def close(self) -> None:
+        """End the thread, after the chunks under way."""
+        self._closing = True
+        self._putting.shutdown(wait=False, cancel_futures=True)
+        with contextlib.suppress(queue.Full):
+            self._queue.put_nowait(None)  # when it is full, the thread sees `_closing` after its load
+
+    def _run(self) -> None:
+        while (load := self._queue.get()) is not None and not self._closing:
+            try:
+                self._put(load)
+            except StoreError as error:
+                url = self._store.url if self._store else str(self.where)
+                self._note(f"{self.where}.unavailable", error=str(error), step=load.part.version.step, store=url)
+            except Exception as error:
+                self._note("writer.failed", error=repr(error), step=load.part.version.step, where=str(self.where))
+            with self._lock:
+                self._bound -= 1
+            self._done(load)
+
+    def _put(self, load: Load) -> None:
+        if self._store is None:
+            self._store = self._open_it()
+        store = self._store
+        log = self._logs.setdefault(load.job, CommitLog(store, load.job)) if self._logged else None
+        saved = save_part(
+            store, log, load.job, load.part, load.holding.view, term=load.term, known=self._known,
+            pool=self._putting, chunks=load.chunks,
+        )  # fmt: skip
+        now, part = time.time(), load.part
+        record = PartSaved(
+            now, part.version, part.rank, part.world, self.where, self._node, part.size,
+            took_s=now - load.staged_at, sent=saved.sent,
+        )  # fmt: skip
+        self._report(record, saved.ref)
