@@ -253,12 +253,26 @@ class Agent:
 
     def held(self) -> tuple[Held, ...]:
         """The sealed parts in memory, and those on disk."""
+        on_disk: tuple[Held, ...] = ()
         try:
             on_disk = self.disk.held() if self.disk else ()
         except StoreError as error:
-            self._report(Noted(time.time(), "disk.unavailable", {"node": self.node, "error": str(error)}), None)
-            on_disk = ()
+            self._disk_trouble(error)
         return (*self.vault.held(), *on_disk)
+
+    def begin(self, keep: VersionId | None) -> None:
+        """A new attempt starts from `keep`. What its parts on disk say of the steps before it may never have reached the
+        journal: the supervisor that was told is gone."""
+        self.vault.begin(keep)
+        try:
+            records = self.disk.records(keep) if self.disk and keep else ()
+        except StoreError as error:
+            return self._disk_trouble(error)
+        for record in records:
+            self.outbox.put({"witness": codec.to_json(record)})
+
+    def _disk_trouble(self, error: StoreError) -> None:
+        self._report(Noted(time.time(), "disk.unavailable", {"node": self.node, "error": str(error)}), None)
 
     def keep_on_disk(self, versions: Iterable[VersionId]) -> None:
         """Only these versions, and newer ones, stay on disk."""
@@ -266,7 +280,7 @@ class Agent:
             if self.disk is not None:
                 self.disk.keep(versions)
         except StoreError as error:
-            self._report(Noted(time.time(), "disk.unavailable", {"node": self.node, "error": str(error)}), None)
+            self._disk_trouble(error)
 
     def _hold(self, connection: Connection, size: int) -> None:
         """Take a peer's part in, chunk by chunk, each verified before it counts."""
@@ -338,7 +352,7 @@ class NodeAgent:
 
     def begin(self, keep: Any) -> None:
         """A new attempt starts from version `keep` (JSON, or None)."""
-        self._agent.vault.begin(codec.from_json(VersionId, keep) if keep else None)
+        self._agent.begin(codec.from_json(VersionId, keep) if keep else None)
 
     def completed(self, version: Any, copied: bool) -> None:
         """Every part of a version has its copies; `copied`: on other nodes."""

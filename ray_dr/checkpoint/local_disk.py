@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterable
 
 from ray_dr.errors import CheckpointError, NotFound, StoreError
-from ray_dr.model.checkpoint import Held, Part, VersionId
+from ray_dr.model.checkpoint import Held, Part, StepRecord, VersionId
 from ray_dr.repository.layout import chunks_prefix, part_of, parts_prefix, version_of
 from ray_dr.repository.parts import read_listed
 from ray_dr.stores.base import Store
@@ -49,6 +49,10 @@ class LocalDisk:
             if (part.version, part.rank) == (version, rank):
                 return part
         raise NotFound(f"node {self._node} does not hold rank {rank} of step {version.step} on its disk")
+
+    def records(self, version: VersionId) -> tuple[StepRecord, ...]:
+        """Step records that came with the parts of a version."""
+        return tuple(record for part in self._parts() if part.version == version for record in part.records)
 
     def keep(self, versions: Iterable[VersionId]) -> int:
         """Remove what is older than the newest of `versions`, but for these: how many objects."""
