@@ -19,6 +19,7 @@ from ray_dr.model.journal import Marked, Where
 from ray_dr.model.recovery import Group, InventoryTaken
 from ray_dr.recovery.plan import choose_version, copies
 from ray_dr.recovery.replicas import Domain, replicas
+from ray_dr.telemetry.tiers import COPIES_KEPT
 
 if TYPE_CHECKING:
     from ray_dr.actors.supervisor import Host
@@ -145,6 +146,7 @@ class Forming:
             terms[Where.DISK] = host.term
         keepers = replicas({node: agent.domain for node, agent in self._agents.items()}, self._job.memory.copies)
         self.peers = self.expected_peers()
+        host.note(COPIES_KEPT, attempt=group.attempt, peers=self.peers, keepers={node: list(on) for node, on in keepers.items()})
         out = []
         for rank, ref in enumerate(refs):
             local = seen[ref.node] = seen.get(ref.node, -1) + 1

@@ -265,11 +265,10 @@ class Agent:
         journal: the supervisor that was told is gone."""
         self.vault.begin(keep)
         try:
-            records = self.disk.records(keep) if self.disk and keep else ()
+            for record in self.disk.records(keep) if self.disk and keep else ():
+                self.outbox.put({"witness": codec.to_json(record)})
         except StoreError as error:
-            return self._disk_trouble(error)
-        for record in records:
-            self.outbox.put({"witness": codec.to_json(record)})
+            self._disk_trouble(error)
 
     def _disk_trouble(self, error: StoreError) -> None:
         self._report(Noted(time.time(), "disk.unavailable", {"node": self.node, "error": str(error)}), None)

@@ -283,6 +283,7 @@ class Host:
         """A group forms: what is measured begins anew."""
         self.progress.begin(group.attempt, len(group.members), group.restore.step if group.restore else 0)
         self.pace.restart()
+        self.complete = self.complete.begin(group.restore)
 
     # -- what agents report
 

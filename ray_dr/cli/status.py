@@ -8,12 +8,13 @@ import click
 
 from ray_dr.cli.stored import find_job, job_argument
 from ray_dr.cli.words import duration, facts, print_json
-from ray_dr.model.checkpoint import Manifest
+from ray_dr.model.checkpoint import Manifest, VersionId
 from ray_dr.model.codec import to_json
 from ray_dr.telemetry.timeline import JobStatus
 from ray_dr.telemetry.timeline import status as fold
 
 OVER = ("finished", "failed")
+VERSIONS_SHOWN = 3
 
 
 @click.command("status")
@@ -43,12 +44,28 @@ def describe(name: str, url: str, told: JobStatus, newest: Manifest | None, *, n
             ("alive", "nothing, it is over" if told.phase in OVER else f"{told.nodes} nodes, {told.workers} workers"),
             ("attempt", f"{told.attempt}, term {told.term}, {told.incidents} incidents"),
             ("checkpoint", _committed(newest, now)),
+            ("armed", _armed(told)),
+            *_tiers(told),
             *((f"  in {place}", f"step {version.step} of attempt {version.attempt}, {told.saved.get(place, 0)} so far")
               for place, version in told.newest.items()),
             ("last word", f"{duration(max(0.0, now - told.updated_at))} ago" if told.updated_at else "never"),
             ("reason", told.reason or "no decision yet"),
         ]
     )  # fmt: skip
+
+
+def _armed(told: JobStatus) -> str:
+    if told.armed is None:
+        return "nothing yet: no version has all its copies in memory"
+    return f"step {told.armed.step}: a loss now costs the {told.at_risk} steps since"
+
+
+def _tiers(told: JobStatus) -> list[tuple[str, str]]:
+    """A line per version, the newest first: how many of its parts have all their copies in each place."""
+    found: dict[VersionId, list[str]] = {}
+    for row in told.tiers:
+        found.setdefault(row.version, []).append(f"{row.where} {row.parts}/{row.world}")
+    return [(f"  step {version.step}", ", ".join(found[version])) for version in sorted(found, reverse=True)[:VERSIONS_SHOWN]]
 
 
 def _phase(told: JobStatus) -> str:

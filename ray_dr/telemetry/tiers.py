@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby
 
 from ray_dr.model.checkpoint import VersionId
-from ray_dr.model.journal import Where
+from ray_dr.model.journal import Decided, Noted, PartSaved, Record, Where
+from ray_dr.model.recovery import FormGroup, NodeLost
 
 KEPT = 8
 """Newest versions remembered for each place. Counted per place: memory moves on many steps while a store writes one."""
+COPIES_KEPT = "copies.kept"
+"""The note with which a supervisor says how many `peers` keep a copy of each part from now on."""
 IN_MEMORY = (Where.MEMORY, Where.PEER)
 NODE_LOCAL = (*IN_MEMORY, Where.DISK)
 
@@ -71,6 +76,11 @@ class Completeness:
         rows = [_forget(row, node) if row.where in NODE_LOCAL else row for row in self.rows]
         return dataclasses.replace(self, rows=tuple(row for row in rows if row.copies))
 
+    def begin(self, keep: VersionId | None) -> Completeness:
+        """A new attempt goes on from `keep`: the agents let go of every other version in memory."""
+        rows = tuple(row for row in self.rows if row.where not in IN_MEMORY or row.version == keep)
+        return dataclasses.replace(self, rows=rows)
+
     def complete(self, where: Where) -> tuple[VersionId, ...]:
         """The kept versions that are whole there, newest first."""
         return tuple(row.version for row in reversed(self.rows) if row.where == where and row.complete)
@@ -87,6 +97,27 @@ class Completeness:
 
     def _row(self, version: VersionId, where: Where) -> Row | None:
         return next((row for row in self.rows if (row.version, row.where) == (version, where)), None)
+
+
+def fold(records: Iterable[Record]) -> Completeness:
+    """What a journal says is held where."""
+    found = Completeness(peers=0)
+    for record in records:
+        match record:
+            case PartSaved():
+                with contextlib.suppress(ValueError):
+                    found, _ = found.add(record.version, record.rank, record.world, record.where, record.node)
+            case Noted(name=name, fields={"peers": int(peers)}) if name == COPIES_KEPT:
+                found = dataclasses.replace(found, peers=peers)
+            case Decided():
+                if isinstance(record.event, NodeLost):
+                    found = found.without(record.event.node)
+                for action in record.actions:
+                    if isinstance(action, FormGroup):
+                        found = found.begin(action.group.restore)
+            case _:
+                pass
+    return found
 
 
 def _forget(row: Row, node: str) -> Row:

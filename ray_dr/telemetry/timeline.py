@@ -36,6 +36,7 @@ from ray_dr.model.recovery import (
     Suspended,
 )
 from ray_dr.telemetry.lineage import bases, loss_curve, steps, verify_data
+from ray_dr.telemetry.tiers import Row, fold
 
 __all__ = ["IncidentReport", "JobStatus", "incidents", "loss_curve", "replay", "status", "steps", "verify_data"]
 
@@ -51,8 +52,10 @@ class JobStatus:
     phase        the name of the machine's state in small letters; "unknown" without a decision
     nodes, workers   alive, as the supervisor last knew
     step         last step of the surviving lineage
-    newest       newest version per place: memory, peer, store
+    newest       newest version per place: memory, peer, disk, store, second
     saved        number of versions that reached each place
+    tiers        for the newest versions in each place, which parts are there
+    armed        the newest version of which every part has all its copies in memory, and `at_risk` the steps done since
     samples      positions of the sample stream consumed
     reason       of the last decision; for a failed job, why it failed
     resubmit     whether running a failed job again can help
@@ -75,6 +78,9 @@ class JobStatus:
     resubmit: bool = True
     opened_at: float = 0.0
     updated_at: float = 0.0
+    tiers: tuple[Row, ...] = ()
+    armed: VersionId | None = None
+    at_risk: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +117,8 @@ def status(records: Iterable[Record]) -> JobStatus:
     versions = _versions(kept)
     state = decided[-1].state if decided else None
     phase = state.phase if state else None
+    tiers = fold(kept)
+    armed = tiers.armed()
     return JobStatus(
         job=opened[-1].job if opened else "",
         phase=type(phase).__name__.lower() if phase else "unknown",
@@ -129,6 +137,9 @@ def status(records: Iterable[Record]) -> JobStatus:
         resubmit=phase.resubmit if isinstance(phase, Failed) else True,
         opened_at=opened[0].at if opened else 0.0,
         updated_at=max((record.at for record in kept), default=0.0),
+        tiers=tiers.rows,
+        armed=armed,
+        at_risk=max(0, step - armed.step) if armed else step,
     )
 
 

@@ -8,7 +8,6 @@ import pytest
 
 from ray_dr import config
 from ray_dr.actors import launch, supervisor
-from ray_dr.checkpoint import depot
 from ray_dr.actors.perform import Found
 from ray_dr.checkpoint import depot
 from ray_dr.model.job import Job, StoreTier
