@@ -1,9 +1,9 @@
 """A directory as a store: on a local disk, or on a filesystem that all nodes mount.
 
-An object is a file at root/<key>. A put writes a file in root/.tmp, syncs it, and then gives it its name by one system
-call (`rename`, or `link` for put-if-absent: of several racing links exactly one succeeds), and syncs the directory. A
-crash leaves at most a file in root/.tmp; no key starts with a dot, so nobody sees it, and opening the store removes
-those older than LEFTOVER_AGE_S.
+An object is a file at root/<key>. A put writes a file in root/.tmp, syncs it (`stores.direct`), and then gives it its
+name by one system call (`rename`, or `link` for put-if-absent: of several racing links exactly one succeeds), and syncs
+the directory. A crash leaves at most a file in root/.tmp; no key starts with a dot, so nobody sees it, and opening the
+store removes those older than LEFTOVER_AGE_S.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 
 from ray_dr.errors import AccessDenied, AlreadyExists, NotFound, ObjectTooShort, StoreError, StoreFull, StoreUnavailable
 from ray_dr.stores.base import Buffer, Entry, Traits, check_key
+from ray_dr.stores.direct import SyncedFiles
 
 NAME_TRIES = 8
 LEFTOVER_AGE_S = 3600.0
@@ -36,6 +37,7 @@ class FileStore:
         self._root = Path(os.path.abspath(root))
         self._staging = self._root / ".tmp"
         self._shared = shared
+        self._files = SyncedFiles()
         with _translated(str(self._root)):
             self._staging.mkdir(parents=True, exist_ok=True)
             self._sweep()
@@ -56,7 +58,7 @@ class FileStore:
                 raise AlreadyExists("the name is taken", key=key)
             try:
                 self._check_root(key)
-                _write_synced(staged, memoryview(data).cast("B"))
+                self._files.make(staged, memoryview(data).cast("B"))
                 self._name(staged, target, key, if_absent=if_absent)
                 _sync_directory(target.parent)
             finally:
@@ -144,17 +146,6 @@ class FileStore:
                 with suppress(FileNotFoundError, PermissionError):
                     if item.stat().st_mtime < oldest:
                         os.unlink(item.path)
-
-
-def _write_synced(path: Path, data: memoryview) -> None:
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-    try:
-        done = 0
-        while done < data.nbytes:
-            done += os.write(fd, data[done : done + _IO_MAX_BYTES])
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _give_name(staged: Path, target: Path, key: str, *, if_absent: bool) -> None:

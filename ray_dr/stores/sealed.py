@@ -16,6 +16,7 @@ An old object under its own name does open: what is newest, the commit log says,
 
 from __future__ import annotations
 
+import mmap
 import secrets
 import struct
 import threading
@@ -157,10 +158,11 @@ class SealedStore:
             cipher.open(first + index, complete and index == count - 1, piece, into[at : at + piece.nbytes - TAG_BYTES])
 
     def _buffer(self, size: int) -> memoryview:
-        """This thread's room for sealed bytes, reused: fresh memory costs more than the encryption."""
-        room: bytearray | None = getattr(self._room, "bytes", None)
+        """This thread's room for sealed bytes, reused: fresh memory costs more than the encryption. It begins a page, so
+        that a disk takes it without a copy."""
+        room: mmap.mmap | None = getattr(self._room, "bytes", None)
         if room is None or len(room) < size:
-            room = self._room.bytes = bytearray(size)
+            room = self._room.bytes = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         return memoryview(room)[:size]
 
 
