@@ -21,6 +21,7 @@ from ray_dr.repository.commit import FORMAT, CommitLog
 from ray_dr.repository.layout import journal_prefix, parts_prefix, save_folder
 from ray_dr.repository.saving import SavedPart, save_part
 from ray_dr.stores.base import Store
+from ray_dr.stores.open import refuse_locked
 
 DEFAULT_JOB = "main"
 HASH_THREADS = 2
@@ -94,9 +95,11 @@ def next_version(newest: VersionId | None, step: int | None) -> VersionId:
 
 def find_version(store: Store, job: str, step: int | None = None) -> Manifest:
     """The newest committed checkpoint, or the newest of those at `step`. Raises NoCheckpoint, naming the others;
-    CheckpointError when which is the newest can't be told, as the log is damaged."""
+    CheckpointError when which is the newest can't be told, as the log is damaged; WrongKey when the store's key is missing."""
     view = CommitLog(store, job).refresh()
     found = view.checkpoints
+    if view.doubtful:
+        refuse_locked(store)  # without its key a store looks damaged
     if view.doubtful and step is None:
         newest = f"step {found[-1].version.step}" if found else "none"
         raise CheckpointError(

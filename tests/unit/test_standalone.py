@@ -36,6 +36,7 @@ from ray_dr.model.checkpoint import DTYPE_BYTES
 from ray_dr.repository.commit import CommitLog
 from ray_dr.repository.layout import chunk_key, chunks_prefix, journal_key
 from ray_dr.repository.parts import read_part
+from ray_dr.stores.keys import WrongKey
 from ray_dr.stores.open import open_store
 from ray_dr.train import standalone
 from ray_dr.train.state import bytes_of
@@ -360,3 +361,13 @@ def test_the_command_line_lists_and_restores_what_was_saved(tmp_path: Path) -> N
     data = target.read_bytes()
     assert data.endswith(bits(weight))
     assert json.loads(json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]["scalars"])["note"] == "hello"
+
+
+def test_a_load_without_the_stores_key_says_so_and_not_that_it_is_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STORE_KEY", "ab" * 32)
+    ray_dr.save({"step": 7}, f"file://{tmp_path}?key=env:STORE_KEY")
+    for step in (None, 0):
+        with pytest.raises(WrongKey, match=r"is encrypted: add \?key=env:NAME"):
+            ray_dr.load({"step": 0}, f"file://{tmp_path}", step=step)
