@@ -2,7 +2,7 @@
 
     ?key=env:NAME       64 hex digits (or base64 of 32 bytes) in an environment variable of every node
     ?key=file:/path     the same in a file
-    ?key=kms:<id>       a key of AWS KMS, which never leaves it; credentials and region as for S3
+    ?key=kms:<id>       a key of AWS KMS, which never leaves it (`stores.kms`)
 
 The wrapping key can be changed without touching data (`rotate`): the data keys are wrapped anew. An object names the
 data key it was sealed with, so a store may hold several of them. Wrapped keys lie at `keys/<data key>-<wrapper>.json`.
@@ -18,14 +18,14 @@ import secrets
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from ray_dr.errors import AccessDenied, AlreadyExists, NotFound, StoreError, StoreUnavailable
+from ray_dr.errors import AlreadyExists, NotFound, StoreError
 from ray_dr.stores.base import Store
 
 KEY_BYTES = 32
@@ -55,6 +55,10 @@ class Wrapper(Protocol):
     @property
     def fingerprint(self) -> str: ...
 
+    @property
+    def note(self) -> str:
+        """What whoever gave the wrong key should know of fingerprints of this kind."""
+
     def wrap(self, secret: bytes, context: str) -> bytes: ...
 
     def unwrap(self, wrapped: bytes, context: str) -> bytes:
@@ -63,6 +67,8 @@ class Wrapper(Protocol):
 
 class LocalKey:
     """A wrapping key in this process's memory: AES-256-GCM, 12-byte random nonce first."""
+
+    note = ""
 
     def __init__(self, secret: bytes) -> None:
         self._cipher = AESGCM(secret)
@@ -79,37 +85,6 @@ class LocalKey:
             raise WrongKey("the wrapped data key was changed, or is of another store") from error
 
 
-class KmsKey:
-    """A wrapping key inside AWS KMS."""
-
-    def __init__(self, key: str) -> None:
-        import boto3
-
-        self._key, self._client = key, boto3.client("kms")
-        self.fingerprint = derive(key.encode(), b"", b"ray_dr kms", ID_BYTES).hex()
-
-    def wrap(self, secret: bytes, context: str) -> bytes:
-        answer = self._call("encrypt", KeyId=self._key, Plaintext=secret, EncryptionContext={"ray_dr": context})
-        return bytes(answer["CiphertextBlob"])
-
-    def unwrap(self, wrapped: bytes, context: str) -> bytes:
-        answer = self._call("decrypt", KeyId=self._key, CiphertextBlob=wrapped, EncryptionContext={"ray_dr": context})
-        return bytes(answer["Plaintext"])
-
-    def _call(self, operation: str, **arguments: Any) -> dict[str, Any]:
-        from botocore.exceptions import BotoCoreError, ClientError
-
-        try:
-            answer: dict[str, Any] = getattr(self._client, operation)(**arguments)
-        except ClientError as error:
-            code = str(error.response.get("Error", {}).get("Code", ""))
-            kind = AccessDenied if "AccessDenied" in code else WrongKey
-            raise kind(f"KMS refused to {operation} with key {self._key}: {error}") from error
-        except BotoCoreError as error:
-            raise StoreUnavailable(f"KMS does not answer: {error}") from error
-        return answer
-
-
 def find_key(source: str) -> Wrapper:
     """The wrapping key that `env:NAME`, `file:/path` or `kms:<id>` names. Raises WrongKey, saying what to do."""
     kind, _, name = source.partition(":")
@@ -123,6 +98,8 @@ def find_key(source: str) -> Wrapper:
         except OSError as error:
             raise WrongKey(f"the store's key is to come from {name}, which cannot be read: {error}") from error
     elif kind == "kms" and name:
+        from ray_dr.stores.kms import KmsKey
+
         return KmsKey(name)
     else:
         raise WrongKey(f"no source of keys: {source!r}; write key=env:NAME, key=file:/path or key=kms:<id>")
@@ -139,7 +116,8 @@ def open_keys(store: Store, wrapper: Wrapper) -> tuple[DataKey, ...]:
     if any(True for _ in store.list(KEYS_PREFIX)):
         others = ", ".join(sorted({entry.key.rpartition("-")[2].removesuffix(".json") for entry in store.list(KEYS_PREFIX)}))
         raise WrongKey(
-            f"{store.url} was encrypted with another key (fingerprint {others}; the one given has {wrapper.fingerprint})"
+            f"{store.url} was encrypted with another key (fingerprint {others}; the one given has {wrapper.fingerprint}"
+            f"{wrapper.note})"
         )
     if next(iter(store.list("jobs/")), None) is not None:
         raise WrongKey(f"{store.url} holds jobs that are not encrypted; use an empty prefix for encrypted ones")
