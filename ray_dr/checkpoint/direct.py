@@ -14,9 +14,10 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
+from ray_dr.checkpoint.sealing import Sealer
 from ray_dr.errors import CheckpointError, ConfigError, Fenced, NoCheckpoint
-from ray_dr.model.checkpoint import CHUNK_BYTES, Chunk, Manifest, Part, PartRef, VersionId
-from ray_dr.repository.chunks import KnownChunks, chunk_id
+from ray_dr.model.checkpoint import Manifest, Part, PartRef, VersionId
+from ray_dr.repository.chunks import KnownChunks
 from ray_dr.repository.commit import FORMAT, CommitLog
 from ray_dr.repository.layout import journal_prefix, parts_prefix, save_folder
 from ray_dr.repository.saving import SavedPart, save_part
@@ -45,6 +46,7 @@ class DirectJob:
         self.store, self.job = store, job
         self._log = CommitLog(store, job)
         self._known = KnownChunks()
+        self._sealer = Sealer()
         self._term = 0
 
     def begin(self, step: int | None) -> Opening:
@@ -60,7 +62,9 @@ class DirectJob:
 
     def put(self, opening: Opening, part: Part, stream: memoryview) -> SavedPart:
         """Hash a part (its version and chunks are filled in here) and store what the newest checkpoint lacks."""
-        sealed = replace(part, version=opening.version, chunks=seal(stream))
+        with ThreadPoolExecutor(HASH_THREADS) as pool:
+            chunks = tuple(chunk for chunk, _ in self._sealer.seal(part, stream, pool))
+        sealed = replace(part, version=opening.version, chunks=chunks)
         return save_part(self.store, self._log, self.job, sealed, stream, term=opening.term, known=self._known)
 
     def commit(self, opening: Opening, refs: Sequence[PartRef], *, position: int = 0) -> Manifest:
@@ -113,14 +117,3 @@ def find_version(store: Store, job: str, step: int | None = None) -> Manifest:
         steps = ", ".join(str(manifest.version.step) for manifest in found)
         raise NoCheckpoint(f"job {job} has no checkpoint of step {step}; there are: {steps}")
     return wanted[-1]
-
-
-def seal(stream: memoryview) -> tuple[Chunk, ...]:
-    """The chunks of a stream, hashed in threads."""
-
-    def named(at: int) -> Chunk:
-        piece = stream[at : at + CHUNK_BYTES]
-        return Chunk(chunk_id(piece), at, piece.nbytes)
-
-    with ThreadPoolExecutor(HASH_THREADS) as pool:
-        return tuple(pool.map(named, range(0, stream.nbytes, CHUNK_BYTES)))

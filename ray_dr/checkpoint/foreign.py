@@ -20,13 +20,14 @@ from typing import Any
 
 import numpy as np
 
+from ray_dr.checkpoint.cut import clear_gaps, place
 from ray_dr.checkpoint.direct import DirectJob
 from ray_dr.checkpoint.export import DTYPES
 from ray_dr.checkpoint.memory import Pool
 from ray_dr.checkpoint.nested import tensors_in
 from ray_dr.checkpoint.save_plan import whole
 from ray_dr.errors import CheckpointError
-from ray_dr.model.checkpoint import DTYPE_BYTES, Box, Manifest, Part, PartRef, Shard, VersionId, align
+from ray_dr.model.checkpoint import DTYPE_BYTES, Box, Manifest, Part, PartRef, Shard, VersionId
 
 PART_BYTES = 2**30
 """A foreign checkpoint is cut into parts of at most this size (or one row), so this is the memory it takes."""
@@ -85,6 +86,7 @@ def import_foreign(found: Foreign, job: DirectJob, step: int | None) -> Manifest
     try:
         with _Files() as files:
             for rank, (shards, size) in enumerate(plans):
+                clear_gaps(shards, pool.view)
                 for shard in shards:
                     fill(shard.box, found.pieces[shard.box.name], pool.view[shard.at : shard.at + shard.box.size], files)
                 scalars = dict(found.scalars) if rank == 0 else {}
@@ -99,13 +101,15 @@ def plan_parts(tensors: Sequence[Box], limit: int) -> list[tuple[tuple[Shard, ..
     """(shards, size) of parts of at most `limit` bytes each, or of a single row that is longer. At least one part."""
     parts: list[tuple[tuple[Shard, ...], int]] = []
     shards: list[Shard] = []
-    end = 0
+    end, run = 0, None
     for box in (piece for tensor in tensors for piece in _cut(tensor, limit)):
-        if shards and align(end) + box.size > limit:
+        at, run = place(end, run, box.size)
+        if shards and at + box.size > limit:
             parts.append((tuple(shards), end))
-            shards, end = [], 0
-        shards.append(Shard(box, align(end)))
-        end = align(end) + box.size
+            shards = []
+            at, run = place(0, None, box.size)
+        shards.append(Shard(box, at))
+        end = at + box.size
     return [*parts, (tuple(shards), end)]
 
 

@@ -21,7 +21,8 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from ray_dr.model.checkpoint import DTYPE_BYTES, Box, Shard, align
+from ray_dr.checkpoint.cut import OWN_BYTES, place
+from ray_dr.model.checkpoint import DTYPE_BYTES, Box, Shard
 
 GRAIN_BYTES = 4096
 """Rows up to this size are never cut, however small a share is: pieces of a few bytes cost more than they balance."""
@@ -194,9 +195,11 @@ def _narrow(box: Box, dim: int, first: int, count: int) -> Box:
 
 
 def _lay_out(boxes: Iterable[Box]) -> SavePlan:
-    shards = []
-    end = 0
-    for box in boxes:
-        shards.append(Shard(box, align(end)))
-        end = align(end) + box.size
+    """Large boxes first, so that the small ones lie side by side and share chunks."""
+    shards: list[Shard] = []
+    end, run = 0, None
+    for box in sorted(boxes, key=lambda box: box.size < OWN_BYTES):
+        at, run = place(end, run, box.size)
+        shards.append(Shard(box, at))
+        end = at + box.size
     return SavePlan(tuple(shards), end)

@@ -16,7 +16,7 @@ from typing import Any
 
 from ray_dr.checkpoint.described import describe
 from ray_dr.checkpoint.lane import ChunkStream, Lane, Load
-from ray_dr.checkpoint.sealing import seal
+from ray_dr.checkpoint.sealing import Sealer
 from ray_dr.checkpoint.vault import Holding, Vault
 from ray_dr.errors import CheckpointError, NotFound, StoreError
 from ray_dr.model.checkpoint import Chunk, Part, PartRef, VersionId
@@ -101,6 +101,7 @@ class Writer:
     def __init__(self, vault: Vault, places: Mapping[Where, Callable[[], Store]], token: bytes, report: Report) -> None:
         self._vault, self._token, self._report = vault, token, report
         self._peers: dict[str, Connection] = {}
+        self._sealer = Sealer()
         self._sealing: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._busy = self._unsealed = 0
         self._idle = threading.Condition()
@@ -175,7 +176,7 @@ class Writer:
         copies = [self._copying.submit(self._copy, task, chunks, address) for address in task.peers]
         try:
             sealed = []
-            for chunk, _ in seal(task.part, task.holding.view):
+            for chunk, _ in self._sealer.seal(task.part, task.holding.view):
                 sealed.append(chunk)
                 chunks.add(chunk)
             task.holding.part = replace(task.part, chunks=tuple(sealed))

@@ -1,7 +1,7 @@
 """What a checkpoint is made of: boxes of tensors, laid out in parts, cut into chunks, named by a manifest.
 
 A rank's *part* is one run of bytes (its *stream*): the rank's boxes one after the other, each starting at a multiple of
-ALIGNMENT. The stream is cut at fixed offsets into chunks, each named by the BLAKE3 hash of its bytes. The same part
+ALIGNMENT. The stream is cut into chunks (`checkpoint.cut`), each named by the BLAKE3 hash of its bytes. The same part
 description serves shared memory, a peer's memory and every store.
 """
 
@@ -150,6 +150,6 @@ class Held:
     disk: bool = False
 
 
-def align(offset: int) -> int:
-    """The next multiple of ALIGNMENT at or after `offset` (bytes)."""
-    return -(-offset // ALIGNMENT) * ALIGNMENT
+def align(offset: int, to: int = ALIGNMENT) -> int:
+    """The next multiple of `to` at or after `offset` (bytes)."""
+    return -(-offset // to) * to

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from ray_dr.checkpoint.cut import clear_gaps
 from ray_dr.checkpoint.memory import copy_many
 from ray_dr.checkpoint.save_plan import Leaf, SavePlan, plan_save
 from ray_dr.model.checkpoint import Shard
@@ -40,6 +41,7 @@ def stage(plan: SavePlan, flat: Flat, slot: memoryview) -> None:
     host: list[tuple[memoryview, torch.Tensor]] = []
     device: list[tuple[memoryview, torch.Tensor]] = []
     filled: set[int] = set()
+    clear_gaps(plan.shards, slot)
     for shard in plan.shards:
         if not shard.box.size or shard.at in filled:
             continue  # tied tensors share a place

@@ -11,7 +11,7 @@ import pytest
 from ray_dr.actors.node_agent import Agent
 from ray_dr.checkpoint.local_disk import LocalDisk, life_name
 from ray_dr.checkpoint.reader import StoreSource
-from ray_dr.checkpoint.sealing import seal
+from ray_dr.checkpoint.sealing import Sealer
 from ray_dr.errors import NotFound
 from ray_dr.model.checkpoint import Part, VersionId
 from ray_dr.repository.chunks import KnownChunks
@@ -33,7 +33,7 @@ def data_of(step: int, rank: int = 0) -> bytes:
 def put(root: Path, step: int, rank: int = 0, *, job: str = JOB, attempt: int = 1) -> None:
     data = memoryview(data_of(step, rank))
     bare = Part(VersionId(attempt, step), rank, 2, len(data), (), ())
-    part = Part(bare.version, rank, 2, len(data), (), tuple(chunk for chunk, _ in seal(bare, data)))
+    part = Part(bare.version, rank, 2, len(data), (), tuple(chunk for chunk, _ in Sealer().seal(bare, data)))
     save_part(FileStore(root), None, job, part, data, term=1, known=KnownChunks())
 
 

@@ -16,7 +16,7 @@ from blake3 import blake3
 from ray_dr.actors.node_agent import Agent
 from ray_dr.checkpoint import writer as writing
 from ray_dr.checkpoint.memory import attach
-from ray_dr.checkpoint.sealing import seal
+from ray_dr.checkpoint.sealing import Sealer
 from ray_dr.checkpoint.vault import GIVE_UP_S, Vault
 from ray_dr.checkpoint.writer import Places, Task, Writer
 from ray_dr.errors import NotFound
@@ -273,12 +273,12 @@ def test_a_chunk_is_in_the_store_before_the_last_one_is_hashed(bench: Bench, mon
     stored = threading.Event()
 
     def slow_seal(part: Part, stream: memoryview) -> Iterator[Any]:
-        first, *rest = seal(part, stream)
+        first, *rest = Sealer().seal(part, stream)
         yield first
         assert stored.wait(WAIT_S), "its chunk is put while the next one is not sealed yet"
         yield from rest
 
-    monkeypatch.setattr(writing, "seal", slow_seal)
+    monkeypatch.setattr(bench.writer._sealer, "seal", slow_seal)
     put = bench.store.put
 
     def noted_put(key: str, data: Any, *, if_absent: bool = False) -> None:
@@ -297,10 +297,10 @@ def test_a_part_that_could_not_be_sealed_reaches_no_place(
     bench: Bench, peer: Agent, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(part: Part, stream: memoryview) -> Iterator[Any]:
-        yield next(iter(seal(part, stream)))
+        yield next(iter(Sealer().seal(part, stream)))
         raise RuntimeError("a bad day")
 
-    monkeypatch.setattr(writing, "seal", broken)
+    monkeypatch.setattr(bench.writer._sealer, "seal", broken)
     bench.save(1, peer=peer.address, to_store=True)
     assert bench.writer.drain(WAIT_S)
     assert bench.places(1) == []

@@ -1,0 +1,184 @@
+"""Chunks follow the tensors: what changes in one is all that is cut anew, hashed and sent."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from blake3 import blake3
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ray_dr.checkpoint import sealing
+from ray_dr.checkpoint.cut import OWN_BYTES, PAGE_BYTES, clear_gaps, cut, place
+from ray_dr.checkpoint.save_plan import plan_save, replicated
+from ray_dr.checkpoint.sealing import PARTS_KEPT, Sealer
+from ray_dr.model.checkpoint import ALIGNMENT, CHUNK_BYTES, Box, Part, Shard, VersionId
+from ray_dr.train.staging import Planner, stage
+from ray_dr.train.state import flatten
+
+SIZES = st.integers(0, 300) | st.integers(0, OWN_BYTES + 10) | st.integers(OWN_BYTES - 1, 3 * CHUNK_BYTES)
+
+
+def shard(at: int, size: int) -> Shard:
+    return Shard(Box("t", "uint8", (size,), (0,), (size,)), at)
+
+
+def laid_out(sizes: list[int]) -> tuple[tuple[Shard, ...], int]:
+    plan = plan_save([replicated(f"t{i:04d}", "uint8", (n,), rank=0, world=1) for i, n in enumerate(sizes)], rank=0, world=1)
+    return plan.shards, plan.size
+
+
+@given(st.lists(SIZES, max_size=30))
+def test_a_large_tensor_shares_no_chunk_and_small_ones_share_those_of_half_a_megabyte(sizes: list[int]) -> None:
+    shards, size = laid_out(sizes)
+    runs = cut(shards, size)
+    assert sum(length for _, length in runs) == size
+    assert all(at + length == following for (at, length), (following, _) in pairwise(runs))
+    for at, length in runs:
+        inside = [s for s in shards if s.box.size and s.at < at + length and at < s.at + s.box.size]
+        assert at % PAGE_BYTES == 0
+        assert 0 < length <= CHUNK_BYTES
+        assert len(inside) == 1 or length < OWN_BYTES + PAGE_BYTES
+    padding = size - sum(sizes)
+    assert padding <= sum(n >= OWN_BYTES for n in sizes) * PAGE_BYTES + len(sizes) * ALIGNMENT + len(runs) * PAGE_BYTES
+
+
+@given(st.lists(st.tuples(st.integers(0, 2 * OWN_BYTES), SIZES), max_size=12), st.integers(0, CHUNK_BYTES))
+def test_chunks_tile_a_stream_wherever_its_boxes_lie(boxes: list[tuple[int, int]], behind: int) -> None:
+    shards, end = [], 0
+    for gap, size in boxes:
+        shards.append(shard(end + gap, size))
+        end += gap + size
+    runs = cut(reversed(shards), end + behind)
+    assert [at for at, _ in runs] == [sum(length for _, length in runs[:i]) for i in range(len(runs))]
+    assert sum(length for _, length in runs) == end + behind
+    assert all(0 < length <= CHUNK_BYTES for _, length in runs)
+
+
+def test_a_tensor_has_the_same_chunks_wherever_it_lies() -> None:
+    """As after a change of the world size, when other tensors lie before it."""
+    big = 2 * CHUNK_BYTES + 4096
+    for before in ([], [OWN_BYTES + 1], [17, CHUNK_BYTES, OWN_BYTES]):
+        shards, size = laid_out([*before, big, OWN_BYTES])
+        (mine,) = (s for s in shards if s.box.size == big)
+        found = [(at - mine.at, n) for at, n in cut(shards, size) if mine.at <= at < mine.at + big]
+        assert found == [(0, CHUNK_BYTES), (CHUNK_BYTES, CHUNK_BYTES), (2 * CHUNK_BYTES, 4096)]
+
+
+def test_tied_tensors_are_cut_once() -> None:
+    assert cut([shard(0, OWN_BYTES), shard(0, OWN_BYTES)], OWN_BYTES) == ((0, OWN_BYTES),)
+    assert cut([], 0) == ()
+    assert place(100, None, 5) == (4096, 4096)
+    assert place(4106, 4096, OWN_BYTES) == (8192, None)
+
+
+def test_what_lay_in_a_slot_before_does_not_change_a_chunk() -> None:
+    state = {f"t{i}": torch.full((size,), i, dtype=torch.uint8) for i, size in enumerate((OWN_BYTES + 5, 3, 70))}
+    flat = flatten({"o": _Held(state)}, rank=0, world=1)
+    plan = Planner(0, 1).plan(flat)
+    clean, used = bytearray(plan.size), bytearray(b"\xff" * plan.size)
+    for slot in (clean, used):
+        stage(plan, flat, memoryview(slot))
+    assert clean == used
+
+
+def test_gaps_are_cleared_and_nothing_else() -> None:
+    stream = bytearray(b"x" * 20)
+    clear_gaps([shard(2, 3), shard(2, 3), shard(8, 4)], memoryview(stream))
+    assert stream == b"\0\0xxx\0\0\0" + b"x" * 12
+
+
+# -------------------------------------------------------------------------------------------------------------- sealing
+
+
+class Counted:
+    """Counts the bytes that are hashed, and those of which a fingerprint is taken."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.hashed = self.printed = 0
+        self._blake3, self._print = sealing.blake3, sealing.xxhash.xxh3_128_digest
+        monkeypatch.setattr(sealing, "blake3", self._hash)
+        monkeypatch.setattr(sealing.xxhash, "xxh3_128_digest", self._fingerprint)
+
+    def _hash(self, data: memoryview, **options: Any) -> Any:
+        self.hashed += len(data)
+        return self._blake3(data, **options)
+
+    def _fingerprint(self, data: memoryview) -> bytes:
+        self.printed += len(data)
+        return bytes(self._print(data))
+
+    def seal(self, sealer: Sealer, part: Part, stream: bytearray) -> tuple[int, int]:
+        """(bytes hashed, bytes fingerprinted); the names must be right."""
+        self.hashed = self.printed = 0
+        for chunk, piece in sealer.seal(part, memoryview(stream)):
+            assert chunk.id == blake3(stream[chunk.at : chunk.at + chunk.size]).hexdigest()
+            assert bytes(piece) == stream[chunk.at : chunk.at + chunk.size]
+        return self.hashed, self.printed
+
+
+SHARDS = tuple(shard(number * OWN_BYTES, OWN_BYTES) for number in range(4))
+ALL = 4 * OWN_BYTES
+PART = Part(VersionId(1, 1), 0, 1, ALL, SHARDS, ())
+
+
+def test_what_did_not_change_is_not_hashed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted, sealer, stream = Counted(monkeypatch), Sealer(), bytearray(ALL)
+    assert counted.seal(sealer, PART, stream) == (ALL, ALL)
+    assert counted.seal(sealer, PART, stream) == (0, ALL)
+    stream[OWN_BYTES] ^= 1
+    assert counted.seal(sealer, PART, stream) == (OWN_BYTES, ALL)
+    assert counted.seal(sealer, PART, stream) == (OWN_BYTES, ALL)  # it stands still again: known by its name
+    assert counted.seal(sealer, PART, stream) == (0, ALL)
+
+
+def test_what_always_changes_is_only_hashed(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted, sealer, stream = Counted(monkeypatch), Sealer(), bytearray(ALL)
+    counted.seal(sealer, PART, stream)
+    for number in range(1, 5):
+        for at in range(0, ALL, OWN_BYTES):
+            stream[at] = number
+        assert counted.seal(sealer, PART, stream) == (ALL, ALL if number == 1 else 0)
+
+
+def test_another_cut_and_another_rank_take_nothing_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted, sealer, stream = Counted(monkeypatch), Sealer(), bytearray(ALL)
+    counted.seal(sealer, PART, stream)
+    assert counted.seal(sealer, Part(VersionId(1, 2), 1, 2, ALL, SHARDS, ()), stream)[0] == ALL
+    wider = (shard(0, ALL),)
+    assert counted.seal(sealer, Part(VersionId(1, 3), 0, 1, ALL, wider, ()), stream)[0] == ALL
+
+
+def test_a_seal_that_was_given_up_takes_nothing_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted, sealer, stream = Counted(monkeypatch), Sealer(), bytearray(ALL)
+    counted.seal(sealer, PART, stream)
+    next(sealer.seal(PART, memoryview(stream)))
+    assert counted.seal(sealer, PART, stream) == (0, ALL)
+
+
+def test_threads_give_the_same_chunks_in_order() -> None:
+    stream = memoryview(bytearray(range(256)) * (ALL // 256))
+    with ThreadPoolExecutor(3) as pool:
+        assert [c for c, _ in Sealer().seal(PART, stream, pool)] == [c for c, _ in Sealer().seal(PART, stream)]
+
+
+def test_the_ranks_remembered_have_a_limit() -> None:
+    sealer = Sealer()
+    for rank in range(PARTS_KEPT + 3):
+        list(sealer.seal(Part(VersionId(1, 1), rank, 99, 8, (), ()), memoryview(bytes(8))))
+    assert sorted(sealer._seen) == list(range(3, PARTS_KEPT + 3))
+
+
+class _Held:
+    def __init__(self, state: dict[str, torch.Tensor]) -> None:
+        self._state = state
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return self._state
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        self._state = state
