@@ -109,7 +109,7 @@ class Part:
 class PartRef:
     """A part as an object in a store: `digest` is the hex BLAKE3 of the object's bytes.
 
-    base    digest of the part list whose chunks this one reuses; empty when it was put whole
+    base    digest of a part list of the checkpoint whose chunks this one reuses; empty when it was put whole
     """
 
     rank: int

@@ -14,7 +14,7 @@ fenced: it can never again commit, because each number it could take comes after
 thus both the commit and the fence, and needs no clock.
 
 Checkpoints are appended in ascending order of version, higher than any that ever was in the log, and only while every
-part list whose chunks they reuse is named by a checkpoint that still exists: pruning needs no more than that (see `prune`).
+checkpoint whose chunks they reuse still exists: pruning needs no more than that (see `prune`).
 
 Each entry carries the hash of its own contents and of the name it was put under, so that one put in another's place is
 damaged too. A damaged or missing entry is skipped; as it may have been a term entry, the next term is chosen higher by

@@ -29,7 +29,7 @@ def write_part(store: Store, job: str, part: Part, *, term: int, base: str = "")
 
     Its name holds its hash, so that no part list ever overwrites a different one, which a manifest may already name:
     a save that was cut off and is repeated may carry other step records, or reuse other chunks.
-    base    digest of the part list whose chunks are reused
+    base    digest of a part list of the checkpoint whose chunks are reused
     """
     data = encode_part(part)
     digest = _digest(data)

@@ -6,14 +6,15 @@ object may go when no checkpoint names it *and none ever will*. That needs no cl
 two rules of the commit log, which decides each append in full knowledge of everything before it:
 
     ascending   a checkpoint's version is higher than every version that was ever in the log before it
-    grounded    when a checkpoint is appended, every part list whose chunks it reuses (PartRef.base) is named by a
-                checkpoint that exists at that point of the log
+    grounded    when a checkpoint is appended, each checkpoint whose chunks it reuses exists at that point of the log;
+                PartRef.base says which: the digest of one of its part lists, which are no other checkpoint's, as they
+                hold its version
 
 Let a pruner have read the log up to some entry; K are the checkpoints that exist there, `newest` the highest version of
 K. It removes only objects whose folder is of a version below `newest` and which no part list of K names. Claim: no
 checkpoint of K, nor any that is appended later, names such an object. Those of K do not, by choice. Take the first M
 appended later that does. What M's save put itself lies in the folder of M's version, which is above all of K
-(ascending), so it was not removed. What M reuses is named by a part list that a checkpoint B names which exists when M
+(ascending), so it was not removed. What M reuses is named by a part list of a checkpoint B that exists when M
 is appended (grounded); B is of K or was appended between, as entries only ever drop checkpoints; so B names the object
 too, and M was not the first. QED. (Whole folders of K's saves are left alone besides, as not all part lists are read.)
 

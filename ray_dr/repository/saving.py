@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import CancelledError, Executor, Future
 from dataclasses import dataclass, replace
 
 from ray_dr.errors import CheckpointError, StoreError
-from ray_dr.model.checkpoint import Chunk, Part, PartRef
+from ray_dr.model.checkpoint import Chunk, Manifest, Part, PartRef
 from ray_dr.repository.chunks import KnownChunks, put_chunk
 from ray_dr.repository.commit import CommitLog
 from ray_dr.repository.layout import save_folder
 from ray_dr.repository.parts import read_part, write_part
 from ray_dr.stores.base import Store
+
+LISTS_MAX = 16
+"""Part lists read after a change of the world size: what of a share comes from further ranks is put again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,15 +42,16 @@ def save_part(
 ) -> SavedPart:
     """Store a sealed part (its chunks have their ids) whose bytes are `stream`.
 
-    Chunks that the same rank's part of the newest checkpoint names are not sent again; `PartRef.base` says so, and the
-    commit is refused should that checkpoint have been dropped by then (the reason why is in `prune`). Costs two small
-    reads besides the puts. Raises StoreError; doing it again sends only what is missing.
+    Chunks that the newest checkpoint names are not sent again, as far as the lists of `_likely` ranks tell; `PartRef.base`
+    says so, and the commit is refused should that checkpoint have been dropped by then (the reason why is in `prune`).
+    Costs two small reads besides the puts, and a few more where the world has changed since. Raises StoreError; doing it
+    again sends only what is missing.
 
     log      None: nothing is reused
     pool     puts several chunks at a time; none is under way any more when this returns or raises
     chunks   the part's chunks as they are sealed, where `part` has none yet: each is put when it comes
     """
-    base, there = _reusable(store, log, part.rank) if log else ("", {})
+    base, there = _reusable(store, log, part) if log else ("", {})
     folder = save_folder(part.version, term)
     placed: list[Chunk] = []
 
@@ -64,17 +69,27 @@ def save_part(
     return SavedPart(write_part(store, job, listed, term=term, base=base if reuses else ""), sent)
 
 
-def _reusable(store: Store, log: CommitLog, rank: int) -> tuple[str, Mapping[str, str]]:
-    """The newest checkpoint's part list of this rank: its digest, and id -> folder of its chunks."""
+def _reusable(store: Store, log: CommitLog, part: Part) -> tuple[str, Mapping[str, str]]:
+    """The digest of one part list of the newest checkpoint, and id -> folder of chunks that it names.
+
+    Older checkpoints that are kept are not looked at: what they have and the newest lacks has changed since.
+    """
     newest = log.newest()
-    ref = next((ref for ref in newest.parts if ref.rank == rank), None) if newest else None
-    if ref is None:
-        return "", {}
-    try:
-        base = read_part(store, ref)
-    except (StoreError, CheckpointError):
-        return "", {}  # dropped meanwhile or damaged: then this save is put whole
-    return ref.digest, {chunk.id: chunk.folder for chunk in base.chunks}
+    base, there = "", dict[str, str]()
+    for ref in _likely(newest, part) if newest else ():
+        with contextlib.suppress(StoreError, CheckpointError):  # dropped meanwhile or damaged: its chunks are put again
+            there |= {chunk.id: chunk.folder for chunk in read_part(store, ref).chunks}
+            base = base or ref.digest
+    return base, there
+
+
+def _likely(newest: Manifest, part: Part) -> list[PartRef]:
+    """The part lists that may name chunks of this part: the rank's own; from another world those of the same share of it,
+    nearest first."""
+    if newest.world == part.world:
+        return [ref for ref in newest.parts if ref.rank == part.rank]
+    middle = (part.rank + 0.5) / part.world
+    return sorted(newest.parts, key=lambda ref: abs((ref.rank + 0.5) / newest.world - middle))[:LISTS_MAX]
 
 
 def _put_all(chunks: Iterable[Chunk], put: Callable[[Chunk], int], pool: Executor | None) -> int:

@@ -59,11 +59,13 @@ def save(store: Store, step: int, *, term: int = 1, attempt: int = 1, log: Commi
 
 
 def restored(store: Store, manifest: Manifest) -> bytes:
-    part = read_part(store, manifest.parts[0])
-    room = bytearray(part.size)
-    for chunk in part.chunks:
-        read_chunk_into(store, JOB, chunk, memoryview(room)[chunk.at : chunk.at + chunk.size])
-    return bytes(room)
+    streams = []
+    for part in (read_part(store, ref) for ref in manifest.parts):
+        room = bytearray(part.size)
+        for chunk in part.chunks:
+            read_chunk_into(store, JOB, chunk, memoryview(room)[chunk.at : chunk.at + chunk.size])
+        streams.append(bytes(room))
+    return b"".join(streams)
 
 
 def expect_whole(store: Store) -> list[int]:
