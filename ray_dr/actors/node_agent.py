@@ -137,7 +137,7 @@ class Agent:
         message: Header = {"record": codec.to_json(record, tagged=True)}
         if ref is not None:  # of a part on disk nobody needs it: there is no commit
             message["ref"] = codec.to_json(ref)
-        self.outbox.put(message)
+        self.outbox.put(message, urgent=ref is not None)  # a commit waits for it
 
     def _give_back(self, worker: str, slot: int, path: str) -> None:
         link = self._links.get(worker)

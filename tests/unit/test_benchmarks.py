@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import overhead, program, ray_train_peer, recovery, save, stores
+from benchmarks import incremental, overhead, program, ray_train_peer, recovery, save, stores
 from benchmarks.kills import Case, Measured
 from ray_dr.stores.memory import MemoryStore
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("name", ["recovery", "overhead", "save", "stores"])
+@pytest.mark.parametrize("name", ["recovery", "overhead", "save", "incremental", "stores"])
 def test_each_benchmark_says_its_question_when_asked_for_help(name: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", f"benchmarks.{name}", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60
@@ -85,6 +85,28 @@ def test_a_first_save_has_a_figure_of_its_own() -> None:
     told = [{"saves": [one(9.0), one(1.0), one(2.0), one(3.0)], "peak_bytes": 10, "cpu_s": 0.1}]
     found = save.sum_up(told)
     assert (found["first_stall_s"], found["stall_s"]) == (9.0, 2.0)
+
+
+@pytest.mark.parametrize("case", list(incremental.CASES))
+def test_a_case_says_how_many_bytes_it_changed(case: str) -> None:
+    state, change = incremental.CASES[case](3 * 2**20)
+    before = {name: tensor.clone() for name, tensor in state.items()}
+    counted = change()
+    differing = {name: int((tensor != before[name]).sum()) * tensor.element_size() for name, tensor in state.items()}
+    assert counted == sum(differing.values())
+    assert sum(tensor.nbytes for tensor in state.values()) >= 3 * 2**20 - 100
+    expected = {"everything changed": len(state), "1 % of the tensors": 1, "nothing changed": 0}
+    assert sum(map(bool, differing.values())) == expected.get(case, sum(map(bool, differing.values())))
+
+
+def test_incremental_counts_what_was_put_and_keeps_one_checkpoint(tmp_path: Path) -> None:
+    found = list(incremental.saves("1 % of the tensors", 3 * 2**20, 3, tmp_path / "saved"))
+    assert len(found) == 3
+    assert all(each.changed <= each.sent < 2**21 and 2 <= each.objects <= 3 for each in found)
+    summed = incremental.sum_up(found, full_s=1.0)
+    assert summed["sent_ratio"] == sum(each.sent for each in found) / sum(each.changed for each in found)
+    steps = {path.name for path in (tmp_path / "saved/jobs/save/parts").iterdir()}
+    assert len(steps) == 2
 
 
 def test_the_peers_recovery_counts_only_steps_done_by_a_whole_group_begun_after_the_kill() -> None:
