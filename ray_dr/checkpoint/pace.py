@@ -78,9 +78,9 @@ class Pace:
 
     @property
     def cost_s(self) -> float:
-        """What one memory save costs training: the stall, and the time the agent works on it, as it takes cores away where
-        training fills them. (Comparing steps with and without a save would be truer, but step times wander by more than a
-        save costs.)"""
+        """What one memory save costs training: the stall, and the time in which it is copied beside training and the agent
+        works on it, as both take cores away where training fills them. (Comparing steps with and without a save would be
+        truer, but step times wander by more than a save costs.)"""
         stall_s = median(self._stalls) if self._stalls else 0.0
         worked_s = median(self._seals) if self._seals else 0.0
         return stall_s + (worked_s if worked_s > SHOWS * self.step_s else 0.0)

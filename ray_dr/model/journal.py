@@ -75,8 +75,8 @@ class Stepped:
 
 @dataclass(frozen=True, slots=True)
 class PartSaved:
-    """One rank's part reached a place. `node`: who holds it there; for a store, who put it. `took_s`: from the step's end;
-    `stall_s`: how long training stood for it."""
+    """One rank's part reached a place. `node`: who holds it there; for a store, who put it. `took_s`: from the step's end, less
+    what training stood for it, which is `stall_s`."""
 
     at: float
     version: VersionId

@@ -20,11 +20,12 @@ from ray_dr.model.data import Order, Slice
 from ray_dr.model.journal import DataOpened, Marked, Where
 from ray_dr.stores.base import Store
 from ray_dr.train import data as elastic
-from ray_dr.train.collectives import Reducer
+from ray_dr.train.collectives import Reducer, is_collective_error
 from ray_dr.train.data import Data, StepBatch
+from ray_dr.train.fence import Fence, Parcel
 from ray_dr.train.link import Link
 from ray_dr.train.restore import restore
-from ray_dr.train.staging import Planner, stage
+from ray_dr.train.staging import Planner
 from ray_dr.train.state import Flat, flatten
 
 RECORDS_KEPT = 4
@@ -103,10 +104,11 @@ class State:
 class Context:
     """Handed to `train(ctx)`. Everything a training loop needs from ray_dr."""
 
-    def __init__(self, assignment: Assignment, link: Link, control: Control, token: bytes, store: Store) -> None:
+    def __init__(self, assignment: Assignment, link: Link, control: Control, token: bytes, store: Store,
+                 fence: Fence | None = None) -> None:  # fmt: skip
         self._a, self._link, self._control, self._token, self._store = assignment, link, control, token, store
         self._reducer = Reducer(assignment.rank, assignment.world, deterministic=assignment.deterministic)
-        self._planner = Planner(assignment.rank, assignment.world)
+        self._planner, self._fence = Planner(assignment.rank, assignment.world), fence or Fence()
         self._data: Data | None = None
         self._logs: dict[str, float] = {}
         self._window: list[StepRecord] = []
@@ -135,9 +137,11 @@ class Context:
         """Bring named objects to the newest checkpoint: modules, optimizers, anything with `state_dict` and
         `load_state_dict`.
 
-        From scratch when there is none. Also hooks the gradient sum into DDP and FSDP2 modules among them. Raises
-        IncompatibleState with all differences, before anything is overwritten.
+        From scratch when there is none. Also hooks the gradient sum into DDP and FSDP2 modules among them, and a fence
+        into torch optimizers: parameters they have are saved while the next forward and backward run, up to the next
+        `optimizer.step()`. Raises IncompatibleState with all differences, before anything is overwritten.
         """
+        self._fence.settle()
         if self._data is not None and self._data not in objects.values():
             objects["data"] = self._data
         self._reducer.even = self._even(objects.values())
@@ -150,6 +154,7 @@ class Context:
             step = self._a.origin.version.step
             self._link.record(restored)
         flatten(objects, rank=self._a.rank, world=self._a.world)  # what can't be saved is refused now, not hours later
+        self._fence.watch(objects.values())
         self._control.finish_step(step)
         if self._a.rank == 0 and self._data is not None:
             self._link.record(self._opened(self._data))
@@ -159,13 +164,20 @@ class Context:
         """One batch per step until `until` steps are done (in all, over every attempt), saving as is due on the way.
 
         With data: what this rank computes of the step's global batch. Without: the step's number, from 0.
+
+        Between a step's beginning and its `optimizer.step()`, do not change parameters in place: a save may be copying
+        them. Such a change is noticed (the save is given up, "save.torn" in the journal), but not one made through `.data`.
         """
-        while state.step < until:
-            self._check()
-            begun = time.monotonic()
-            slices, indices, batch = self._batch(state)
-            yield batch
-            self._finish(state, slices, indices, time.monotonic() - begun, last=state.step + 1 >= until)
+        try:
+            while state.step < until:
+                self._check()
+                begun = time.monotonic()
+                slices, indices, batch = self._batch(state)
+                yield batch
+                took_s = time.monotonic() - begun - self._fence.take_held_up()
+                self._finish(state, slices, indices, took_s, last=state.step + 1 >= until)
+        finally:
+            self._fence.wait()  # whoever leaves the loop may do with the parameters what he likes
 
     def micro_batches(self, batch: Any) -> Iterator[Any]:
         """The micro-batches of a step's batch on this rank; do forward and backward for each. A batch that is not cut
@@ -240,6 +252,9 @@ class Context:
     # -- saving
 
     def _save(self, state: State, places: frozenset[Where], *, wait_s: float) -> None:
+        """Save to memory, and so on to `places`. `wait_s`: wait so long for a free slot, and until all is copied; 0: without
+        a free slot leave it be, and copy what can be copied later while training goes on."""
+        self._fence.settle()
         begun = time.monotonic()
         flat = flatten(state.objects, rank=self._a.rank, world=self._a.world)
         plan = self._planner.plan(flat)
@@ -258,13 +273,15 @@ class Context:
                                   remedy="see store.* notes in `ray-dr status`; a store may be hanging")  # fmt: skip
             return
         index, slot = taken
-        stage(plan, flat, slot)
         part = self._part(state, flat, plan)
         self._window = self._window[-RECORDS_KEPT:]  # the part carries the rest; these few cover a part that gets lost
-        self._link.staged(
-            index, part, staged_at=time.time(), stall_s=time.monotonic() - begun, copy_to=self._a.copy_to,
-            to={place: self._name_and_term(place) for place in sorted(places) if place in self._a.terms},
-        )  # fmt: skip
+        to = {str(place): self._name_and_term(place) for place in sorted(places) if place in self._a.terms}
+        parcel = Parcel(self._link, index, part, self._a.copy_to, to, wanted=lambda: not self._control.aborted)
+        self._fence.stage(plan, flat, slot, parcel, begun=begun, behind=not wait_s)
+
+    def close(self, error: BaseException | None = None) -> None:
+        """`train` is over, or raised `error`: the save under way is handed over or given up, optimizers are let go."""
+        self._fence.close(failed=error is not None, cut_off=error is not None and is_collective_error(error))
 
     def _name_and_term(self, place: Where) -> tuple[str, int]:
         return (self._a.disk[1] if place is Where.DISK else self._a.job), self._a.terms[place]

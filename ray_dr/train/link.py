@@ -68,6 +68,12 @@ class Link:
             self._free.discard(index)
             return index, self._slots[index]
 
+    def give_back(self, slot: int) -> None:
+        """A slot that was taken and comes to nothing."""
+        with self._changed:
+            self._free.add(slot)
+            self._changed.notify_all()
+
     def want_slot(self, skipped: VersionId | None) -> None:
         """A save was due and there was no slot for it: the agent may have one to spare. `skipped`: the version that this rank
         therefore will not save, and that can't become whole; None while it still waits."""

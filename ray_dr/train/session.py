@@ -23,6 +23,7 @@ from ray_dr.model.recovery import WorkerRaised, WorkerReturned, WorkerStopped
 from ray_dr.stores.open import open_store
 from ray_dr.train import collectives
 from ray_dr.train.context import Context, Control, StopAttempt
+from ray_dr.train.fence import Fence
 from ray_dr.train.link import Link
 
 ERROR_CHARS = 4000
@@ -34,7 +35,7 @@ class Session:
 
     def __init__(self, worker: str, agent: str, token: bytes, host: str, train: Callable[[Context], None]) -> None:
         self._worker, self._token, self._train = worker, token, train
-        self._link = Link(agent, token, worker, os.getpid())
+        self._link, self._fence = Link(agent, token, worker, os.getpid()), Fence()
         self._store = collectives.host_store(host)
         self.rendezvous = f"{host}:{self._store.port}"
         self._lock = threading.Lock()
@@ -119,8 +120,13 @@ class Session:
         )
         if a.rank == 0:
             self._link.record(Marked(time.time(), a.attempt, "group_joined", time.monotonic() - started))
-        ctx = Context(a, self._link, control, self._token, open_store(a.store_url))
-        self._train(ctx)
+        ctx = Context(a, self._link, control, self._token, open_store(a.store_url), self._fence)
+        try:
+            self._train(ctx)
+        except BaseException as error:
+            ctx.close(error)
+            raise
+        ctx.close()
 
     def _raised(self, a: Assignment, control: Control, error: BaseException) -> WorkerStopped | WorkerRaised:
         if control.aborted:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -9,11 +10,17 @@ from typing import Any
 import pytest
 import torch
 
+from ray_dr.checkpoint.save_plan import SavePlan
 from ray_dr.model.attempt import Cadence
 from ray_dr.model.checkpoint import Part, StepRecord
 from ray_dr.model.data import Order
+from ray_dr.train import fence
 from ray_dr.train.context import RECORDS_KEPT, Context
-from tests.unit.train_programs import RankError, Ranks, Rows, digest, fit, network
+from ray_dr.train.fence import Parcel
+from ray_dr.train.link import Link
+from ray_dr.train.staging import stage as stage_at_once
+from ray_dr.train.state import Flat
+from tests.unit.train_programs import GUARD_S, RankError, Ranks, Rows, digest, fit, network
 
 pytestmark = pytest.mark.slow
 
@@ -47,6 +54,44 @@ def fit_and_keep_records(ctx: Context) -> tuple[list[StepRecord], list[Part]]:
     vars(link).update(step=keep_step, staged=keep_part)
     fit(ctx)
     return told, carried
+
+
+def fit_and_copy_behind(ctx: Context) -> tuple[dict[int, bytes], dict[int, bytes], int]:
+    """`fit` with saves that are copied while it goes on, however small: this rank's bytes as they were handed over, as they
+    were at the end of the step, and how many copies were made behind training's back."""
+    link, staged, saved, ends, behind = ctx._link, ctx._link.staged, {}, {}, []
+    stage, carry = ctx._fence.stage, ctx._fence._carry
+
+    def keep(slot: int, part: Part, **rest: Any) -> None:
+        saved[part.version.step] = sealed(part, link._slots[slot])
+        staged(slot, part, **rest)
+
+    def stage_twice(plan: SavePlan, flat: Flat, slot: memoryview, parcel: Parcel, **rest: Any) -> None:
+        stream = memoryview(bytearray(plan.size))
+        stage_at_once(plan, flat, stream)
+        ends[parcel.part.version.step] = sealed(plan, stream)
+        stage(plan, flat, slot, parcel, **rest)
+
+    def carry_counted(copy: Any) -> None:
+        behind.append(copy)
+        carry(copy)
+
+    usual, fence.AT_ONCE_BYTES = fence.AT_ONCE_BYTES, 1
+    vars(link).update(staged=keep, take_slot=functools.partial(take_slot, link))
+    vars(ctx._fence).update(stage=stage_twice, _carry=carry_counted)
+    fit(ctx)
+    fence.AT_ONCE_BYTES = usual
+    return saved, ends, len(behind)
+
+
+def take_slot(link: Link, size: int, wait_s: float) -> Any:
+    """Waits, so that every rank saves at every step."""
+    return Link.take_slot(link, size, wait_s or GUARD_S)
+
+
+def sealed(part: SavePlan | Part, stream: memoryview) -> bytes:
+    """The bytes of all boxes, without the gaps between them."""
+    return b"".join(stream[shard.at : shard.at + shard.box.size] for shard in part.shards)
 
 
 def one_step_alone(batch: int) -> dict[str, torch.Tensor]:
@@ -131,6 +176,17 @@ def test_deterministic_training_that_shrinks_and_grows_gives_the_undisturbed_bit
     ranks.play(1, fit, steps=4, origin=ranks.newest(3), **settings)
     resumed = ranks.play(4, fit, steps=6, origin=ranks.newest(1), **settings)
     assert resumed[0]["tensors"] == undisturbed[0]["tensors"]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp", "hybrid"])
+def test_saves_copied_while_training_goes_on_have_the_bytes_of_their_steps_end(ranks: Ranks, kind: str) -> None:
+    settings: dict[str, Any] = {"kind": kind, "batch": 8, "micro": 8, "steps": 6, "cadence": Cadence(0, 1, 0)}
+    results = ranks.play(4, fit_and_copy_behind, **settings)
+    for saved, ends, behind in results:
+        assert saved == ends
+        assert (len(saved), behind) == (6, 5)
+    origin = ranks.newest(4)
+    assert ranks.play(2, fit, origin=origin, **{**settings, "kind": "ddp"})[0]["step"] == 6
 
 
 @pytest.mark.parametrize(("world", "cut"), [(3, {}), (2, {"micro": 10}), (3, {"micro": 5})])

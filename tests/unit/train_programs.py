@@ -127,8 +127,11 @@ def _attempt(store: Any, a: Assignment, program: Program) -> Any:
     torch.use_deterministic_algorithms(a.deterministic)
     link = Link(a.agent, TOKEN, a.worker, os.getpid())
     collectives.join(a.rendezvous, store, attempt=a.attempt, rank=a.rank, world=a.world, backend=a.backend)
+    ctx = Context(a, link, Control(a.attempt, a.cadence), TOKEN, open_store(a.store_url))
     try:
-        return program(Context(a, link, Control(a.attempt, a.cadence), TOKEN, open_store(a.store_url)))
+        found = program(ctx)
+        ctx.close()
+        return found
     finally:
         collectives.leave()
         link.close()

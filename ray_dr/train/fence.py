@@ -1,0 +1,219 @@
+"""Saving behind training's back: what only an optimizer's step changes is copied while forward and backward run.
+
+Between two calls of `optimizer.step()` nobody changes the parameters of an optimizer, nor the tensors of its state. So a
+save copies them from a thread, and a hook makes the next step of any of the optimizers wait until that copy is done.
+Everything else (buffers, parameters that no saved optimizer has, what users' objects hold, all that is JSON) is copied at
+once.
+
+Two things guard against programs that do change parameters otherwise:
+
+* Only optimizers whose hook was called since the save before count. Of one that steps past its hooks, as a replayed CUDA
+  graph does, everything is copied at once.
+* An in-place change moves a tensor's version counter, unless it goes through `.data` or is a fused optimizer's. Where one
+  has moved during the copy, the copy is thrown away, and from then on this process copies everything at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.utils.hooks import RemovableHandle
+
+from ray_dr.checkpoint.save_plan import SavePlan
+from ray_dr.model.checkpoint import Part
+from ray_dr.model.journal import Noted
+from ray_dr.train.link import Link
+from ray_dr.train.staging import Copy, places
+from ray_dr.train.state import Flat
+
+AT_ONCE_BYTES = 8 * 2**20
+"""About a millisecond of copying: for less, a thread costs more than it saves."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parcel:
+    """A slot that is being filled, with its addresses (see `Link.staged`). `wanted`: whether the attempt still counts."""
+
+    link: Link
+    slot: int
+    part: Part
+    copy_to: Sequence[str]
+    to: Mapping[str, tuple[str, int]]
+    wanted: Callable[[], bool]
+
+    def hand_over(self, *, stall_s: float, staged_at: float) -> None:
+        """Give the filled slot to the agent, or back when nobody wants it any more."""
+        if not self.wanted():
+            return self.link.give_back(self.slot)
+        return self.link.staged(
+            self.slot, self.part, staged_at=staged_at, stall_s=stall_s, copy_to=self.copy_to, to=self.to
+        )
+
+    def tear(self, tensor: str) -> None:
+        """Give the slot back, because this tensor changed while it was copied."""
+        self.link.give_back(self.slot)
+        self.link.want_slot(self.part.version)
+        remedy = "change parameters in place only between optimizer.step() and the end of the step's body"
+        fields: dict[str, object] = {"tensor": tensor, "step": self.part.version.step, "rank": self.part.rank,
+                                     "remedy": f"{remedy}; until then saves stop training while they copy"}  # fmt: skip
+        self.link.record(Noted(time.time(), "save.torn", fields))
+
+
+@dataclass(slots=True)
+class _Behind:
+    """A copy under way: (name, tensor, its version before) of all in it; since when training waits for it (monotonic)."""
+
+    copy: Copy
+    watched: tuple[tuple[str, torch.Tensor, int], ...]
+    parcel: Parcel
+    stall_s: float
+    begun_at: float
+    waiting_since: float | None = None
+    copied: threading.Event = field(default_factory=threading.Event)
+
+
+class Fence:
+    """One per worker process. Its methods are the training thread's; a hook may be called by any thread."""
+
+    def __init__(self) -> None:
+        self._trusts = True
+        self._optimizers: dict[int, torch.optim.Optimizer] = {}
+        self._hooks: list[RemovableHandle] = []
+        self._stepped: set[int] = set()
+        self._behind: _Behind | None = None
+        self._carried: Future[None] | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="staging")
+        self._lock = threading.Lock()
+        self._cut_off = False
+        self._held_up_s = 0.0
+
+    def watch(self, objects: Iterable[Any]) -> None:
+        """Hook into the torch optimizers among these objects, and into no others any more."""
+        self._let_go()
+        self._cut_off = False
+        for value in objects:
+            if isinstance(value, torch.optim.Optimizer) and id(value) not in self._optimizers:
+                self._optimizers[id(value)] = value
+                self._hooks.append(value.register_step_pre_hook(self._before_step))
+
+    def stage(self, plan: SavePlan, flat: Flat, slot: memoryview, parcel: Parcel, *, begun: float, behind: bool) -> None:
+        """Copy a state into `slot` and hand it over. `begun`: when training stopped for that (monotonic seconds);
+        `behind`: what can be copied later, may be. The save before is settled."""
+        owned = self._owned() if behind and self._trusts else {}
+        self._stepped.clear()
+        now, later, watched = [], [], []
+        for name, target, piece in places(plan, flat, slot):
+            whole = flat.tensors[name].tensor
+            owner = owned.get(whole.data_ptr()) if owned else None
+            if owner is not None and _same(owner[0], whole):
+                later.append((target, piece))
+                watched += [(name, tensor, tensor._version) for tensor in owner]
+            else:
+                now.append((target, piece))
+        if sum(len(target) for target, _ in later) < AT_ONCE_BYTES:
+            now, later = now + later, []
+        Copy(now).run()
+        if not later:
+            return parcel.hand_over(stall_s=time.monotonic() - begun, staged_at=time.time())
+        copy = Copy(later)
+        self._behind = _Behind(copy, tuple(watched), parcel, time.monotonic() - begun, time.time())
+        self._carried = self._thread.submit(self._carry, self._behind)
+        return None
+
+    def wait(self) -> float:
+        """Until nothing is being copied; the seconds it took."""
+        behind, begun = self._behind, time.monotonic()
+        if behind is None:
+            return 0.0
+        with self._lock:
+            if behind.copied.is_set():
+                return 0.0
+            behind.waiting_since = behind.waiting_since or begun
+        behind.copied.wait()
+        return time.monotonic() - begun
+
+    def settle(self) -> None:
+        """Until the save under way is handed over or given up. Raises what went wrong with it."""
+        self.wait()
+        carried, self._carried, self._behind = self._carried, None, None
+        if carried is not None:
+            carried.result()
+
+    def take_held_up(self) -> float:
+        """Seconds for which optimizers' steps were held up since this was last asked."""
+        held_up_s, self._held_up_s = self._held_up_s, 0.0
+        return held_up_s
+
+    def close(self, *, failed: bool = False, cut_off: bool = False) -> None:
+        """The attempt is over: settle, and let its optimizers go. `failed`: there is an error already, which another one
+        must not hide; `cut_off`: a collective was broken off, so that what devices computed last may be anything."""
+        self._cut_off = cut_off
+        try:
+            with contextlib.suppress(*((Exception,) if failed else ())):
+                self.settle()
+        finally:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        self._optimizers.clear()
+        self._stepped.clear()
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        self._held_up_s += self.wait()
+        self._stepped.add(id(optimizer))
+
+    def _owned(self) -> Mapping[int, tuple[torch.Tensor, ...]]:
+        """What only a step of the optimizers changes, by address: the plain tensor, and the DTensor around it."""
+        found: dict[int, tuple[torch.Tensor, ...]] = {}
+        with torch.no_grad():
+            for optimizer in (self._optimizers[key] for key in self._stepped if key in self._optimizers):
+                for group in optimizer.param_groups:
+                    for parameter in group["params"]:
+                        for tensor in (parameter, *optimizer.state.get(parameter, {}).values()):
+                            if isinstance(tensor, DTensor):
+                                local = tensor.to_local()
+                                found[local.data_ptr()] = (local, tensor)
+                            elif type(tensor) in (torch.Tensor, nn.Parameter) and tensor.layout is torch.strided:
+                                found[tensor.data_ptr()] = (tensor,)
+        return found
+
+    def _carry(self, behind: _Behind) -> None:
+        """In the thread: copy, open the fence, hand over."""
+        torn, stood_s = "", 0.0
+        try:
+            try:
+                behind.copy.run()
+                torn = next((name for name, tensor, version in behind.watched if tensor._version != version), "")
+            finally:
+                self._trusts = self._trusts and not torn
+                with self._lock:
+                    if behind.waiting_since is not None:
+                        stood_s = time.monotonic() - behind.waiting_since
+                    behind.copied.set()
+        except BaseException:
+            behind.parcel.link.give_back(behind.parcel.slot)
+            raise
+        if torn:
+            behind.parcel.tear(torn)
+        elif self._cut_off:
+            behind.parcel.link.give_back(behind.parcel.slot)
+        else:
+            # What training stood still is no time that the save took besides.
+            behind.parcel.hand_over(stall_s=behind.stall_s + stood_s, staged_at=behind.begun_at + stood_s)
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors with the same first byte are the same memory."""
+    return one.shape == other.shape and one.dtype == other.dtype and one.stride() == other.stride()
