@@ -52,19 +52,32 @@ class Saved:
     stall_s: float
 
 
+class Held:
+    """Tensors as an object that ray_dr saves."""
+
+    def __init__(self, state: State) -> None:
+        self._state = state
+
+    def state_dict(self) -> State:
+        return self._state
+
+    def load_state_dict(self, state: State) -> None:
+        self._state = state
+
+
 class Kept(Ours):
     """Saves of which only the newest is kept, pruned before the clock starts."""
 
     def prepare(self) -> None:
         """Drop what is older than the newest checkpoint."""
-        self._step += 1
+        self._state.step += 1
         store = open_store(self._url)
         prune.execute(store, CommitLog(store, JOB), JOB, keep=Keep(1), term=None, whole=True)
 
     def put(self) -> tuple[int, int]:
         """How many objects the last save put, and their bytes: chunks and the part list."""
         store = open_store(self._url)
-        folder = save_folder(VersionId(1, self._step), self._term)
+        folder = save_folder(VersionId(1, self._state.step), self._term)
         (ref,) = self._log.checkpoints()[-1].parts
         found = [ref.size, *(entry.size for entry in store.list(chunks_prefix(JOB, folder)))]
         return len(found), sum(found)
@@ -141,7 +154,7 @@ def _add(tensor: torch.Tensor) -> int:
 def saves(case: str, size: int, rounds: int, folder: Path) -> Iterator[Saved]:
     """A full save, which is not told of, and then `rounds` saves with a change before each."""
     state, change = CASES[case](size)
-    way = Kept(Disk(folder), state)
+    way = Kept(Disk(folder), {"state": Held(state)})
     gc.collect()
     try:
         for number in range(rounds + 1):

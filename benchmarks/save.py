@@ -1,7 +1,8 @@
 """How long does training stand still for a checkpoint, when is it on disk, and what does it take from training in all?
 
 `python -m benchmarks.save [--quick] [--json]`. Every way to save gets a process of its own with the same state, one after
-the other, round after round; training (matrix products on all cores) goes on while a save is under way. See README.md.
+the other, round after round; training (matrix products, then an update of the whole state) goes on while a save is under
+way. See README.md.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,20 +30,26 @@ from benchmarks.figures import environment, median, p95, say, table
 from ray_dr.actors.node_agent import Agent
 from ray_dr.checkpoint.memory import Pool, copy_many
 from ray_dr.model import codec
-from ray_dr.model.checkpoint import Manifest, Part, PartRef, VersionId
+from ray_dr.model.attempt import Assignment, Cadence
+from ray_dr.model.checkpoint import Manifest, PartRef, VersionId
+from ray_dr.model.journal import Where
 from ray_dr.repository.commit import CommitLog
 from ray_dr.stores.open import open_store
 from ray_dr.stores.wire import connect
+from ray_dr.train.context import Context, Control
 from ray_dr.train.link import Link
-from ray_dr.train.staging import Planner, stage
+from ray_dr.train.staging import Planner
 from ray_dr.train.state import bytes_of, flatten
 
 TOKEN = b"benchmark"
 THREADS = 2
 SMALLEST, LARGEST = 2**10, 100 * 2**20
-CALM_STEPS = 20
+CALM_STEPS = 3
+"""Before each save; the median is what a step takes undisturbed."""
 WIDTH = 1024
-"""A step of training is one product of two WIDTH x WIDTH matrices, per save repeated until the save is durable."""
+BYTES_PER_PRODUCT = 40 * 2**20
+"""What stands for forward and backward is one product of two WIDTH x WIDTH matrices per so many bytes of state: as long as
+the model of `overhead`, with Adam's moments, takes for its own."""
 WAIT_S = 300.0
 RAW_BYTES = 8 * 2**20
 KEY = "5a" * 32
@@ -59,17 +67,19 @@ def make_state(size: int) -> dict[str, torch.Tensor]:
     return state
 
 
-class Held:
-    """Tensors as an object that ray_dr saves."""
+class Model(torch.nn.ParameterDict):
+    """The state as a model's parameters, with the optimizer that updates all of it: each gradient is -1 everywhere."""
 
-    def __init__(self, state: dict[str, torch.Tensor]) -> None:
-        self._state = state
+    def __init__(self, size: int) -> None:
+        super().__init__(make_state(size))
+        for parameter in self.parameters():
+            parameter.grad = torch.full((1,), -1.0).expand_as(parameter)
+        self.optimizer = torch.optim.SGD(self.parameters(), lr=1.0)
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        return self._state
-
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        self._state = state
+    @property
+    def objects(self) -> dict[str, Any]:
+        """What a program names in `ctx.restore`."""
+        return {"model": self, "optimizer": self.optimizer}
 
 
 class Disk:
@@ -87,7 +97,7 @@ class Disk:
 class Ours:
     """Staged into the slots of a node agent, a process of its own, which hashes and writes; then the commit."""
 
-    def __init__(self, disk: Disk, state: dict[str, torch.Tensor], *, encrypted: bool = False) -> None:
+    def __init__(self, disk: Disk, objects: Mapping[str, Any], *, encrypted: bool = False) -> None:
         os.environ["SAVE_KEY"] = KEY
         self._disk = disk
         self._url = f"file://{disk.fresh()}{'?key=env:SAVE_KEY' if encrypted else ''}"
@@ -97,33 +107,31 @@ class Ours:
         self._process.start()
         self._watch = connect(self._pipe.recv(), TOKEN)
         self._watch.send({"op": "watch"})
-        self._link = Link(self._watch.peer, TOKEN, "w0", os.getpid())
-        self._planner, self._objects = Planner(0, 1), {"state": Held(state)}
         self._log = CommitLog(open_store(self._url), "save")
         self._term = self._log.take_term("benchmark", time.time())
-        self._step = 0
-        flat = flatten(self._objects, rank=0, world=1)
-        size = self._planner.plan(flat).size
+        a = Assignment("save", 1, "w0", 0, 1, 0, "", self._watch.peer, (), None, Cadence(0, 0, 0), "gloo",
+                       False, 0, 1, self._url, {}, {Where.STORE: self._term})  # fmt: skip
+        self._link = Link(self._watch.peer, TOKEN, "w0", os.getpid())
+        self._ctx = Context(a, self._link, Control(1), TOKEN, open_store(self._url))
+        self._state = self._ctx.restore(**objects)
+        size = Planner(0, 1).plan(flatten(objects, rank=0, world=1)).size
         self._link.open_pool(size)
         taken = self._link.take_slot(size, WAIT_S)  # the pool is made at a job's start
         assert taken is not None
-        self._link._free.add(taken[0])
+        self._link.give_back(taken[0])
 
     def prepare(self) -> None:
         """Remove the older checkpoint's chunks, as retention does."""
-        self._step += 1
+        self._state.step += 1
         for folder in (self._disk.folder / "jobs/save/chunks").glob("*"):
             shutil.rmtree(folder)
 
     def save(self) -> None:
-        flat = flatten(self._objects, rank=0, world=1)
-        plan = self._planner.plan(flat)
-        taken = self._link.take_slot(plan.size, WAIT_S)
-        assert taken is not None
-        index, slot = taken
-        stage(plan, flat, slot)
-        part = Part(VersionId(1, self._step), 0, 1, plan.size, plan.shards, (), flat.scalars)
-        self._link.staged(index, part, staged_at=time.time(), stall_s=0.0, copy_to=(), to={"store": ("save", self._term)})
+        self._ctx._save(self._state, frozenset({Where.STORE}), wait_s=0.0)
+
+    def fence(self) -> None:
+        """What the next step of the optimizer does first."""
+        self._ctx._fence.wait()
 
     def wait(self) -> None:
         while True:
@@ -132,13 +140,14 @@ class Ours:
             for message in report["messages"]:
                 if "ref" in message:
                     ref = codec.from_json(PartRef, message["ref"])
-                    version = VersionId(1, self._step)
+                    version = VersionId(1, self._state.step)
                     self._log.commit(Manifest(1, "save", self._term, version, 1, 0, (ref,), time.time()))
-                    self._pipe.send(self._step)
+                    self._pipe.send(self._state.step)
                     return
 
     def close(self) -> float:
         """End the agent; the processor seconds it took."""
+        self._ctx.close()
         self._pipe.send(None)
         cpu_s: float = self._pipe.recv()
         self._process.join()
@@ -157,8 +166,8 @@ def _serve_agent(url: str, pipe: Any) -> None:
 class TorchSave:
     """torch.save into a file, synced."""
 
-    def __init__(self, disk: Disk, state: dict[str, torch.Tensor]) -> None:
-        self._disk, self._state = disk, state
+    def __init__(self, disk: Disk, model: Model) -> None:
+        self._disk, self._state = disk, model.state_dict()
 
     def prepare(self) -> None:
         """Make room."""
@@ -169,6 +178,9 @@ class TorchSave:
             torch.save(self._state, sink)
             sink.flush()
             os.fsync(sink.fileno())
+
+    def fence(self) -> None:
+        """Nothing reads the state any more."""
 
     def wait(self) -> None:
         """It is there."""
@@ -188,16 +200,16 @@ class Dcp(TorchSave):
 
 
 class DcpAsync(TorchSave):
-    """torch.distributed.checkpoint.async_save in a thread, with torch's default stager or one that keeps its copy."""
+    """torch.distributed.checkpoint.async_save in a thread, with one of torch's stagers or one that keeps its copy."""
 
-    def __init__(self, disk: Disk, state: dict[str, torch.Tensor], *, cached: bool = True) -> None:
+    def __init__(self, disk: Disk, model: Model, stager: Callable[[], Any]) -> None:
         import torch.distributed as dist
-        from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-        super().__init__(disk, state)
+        super().__init__(disk, model)
         store = dist.FileStore(str(disk.folder) + ".rendezvous", 1)
         dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-        self._stager: Any = CachedStager() if cached else DefaultStager(StagingOptions(False, True, False, False))
+        self._stager = stager()
+        self._staged: Any = None
         self._saved: Any = None
 
     def save(self) -> None:
@@ -205,13 +217,22 @@ class DcpAsync(TorchSave):
 
         writer = dcp.FileSystemWriter(self._disk.folder, thread_count=THREADS)
         answer = dcp.async_save(self._state, storage_writer=writer, async_stager=self._stager)
-        staged = getattr(answer, "staging_completion", None)
-        if staged is not None:
-            staged.result()  # before it, the next update would tear the copy
+        self._staged = getattr(answer, "staging_completion", None)
         self._saved = getattr(answer, "upload_completion", answer)
+
+    def fence(self) -> None:
+        if self._staged is not None:
+            self._staged.result()
 
     def wait(self) -> None:
         self._saved.result()
+
+
+def default_stager(*, behind: bool) -> Any:
+    """torch's own, which copies to shared memory: in `async_save`, or in a thread that the next update has to wait for."""
+    from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+    return DefaultStager(StagingOptions(False, True, behind, False))
 
 
 class CachedStager:
@@ -238,41 +259,45 @@ class CachedStager:
         """Nothing to give back."""
 
 
-WAYS: dict[str, Callable[[Disk, dict[str, torch.Tensor]], Any]] = {
-    "ray_dr": Ours,
-    "ray_dr, encrypted": lambda disk, state: Ours(disk, state, encrypted=True),
+WAYS: dict[str, Callable[[Disk, Model], Any]] = {
+    "ray_dr": lambda disk, model: Ours(disk, model.objects),
+    "ray_dr, encrypted": lambda disk, model: Ours(disk, model.objects, encrypted=True),
     "torch.save": TorchSave,
     "DCP save": Dcp,
-    "DCP async_save": DcpAsync,
-    "DCP async_save, default stager": lambda disk, state: DcpAsync(disk, state, cached=False),
+    "DCP async_save": lambda disk, model: DcpAsync(disk, model, CachedStager),
+    "DCP async_save, default stager": lambda disk, model: DcpAsync(disk, model, lambda: default_stager(behind=False)),
+    "DCP async_save, asynchronous stager": lambda disk, model: DcpAsync(disk, model, lambda: default_stager(behind=True)),
 }
 
 
 class Trainer:
-    """Something that computes on all cores, in steps."""
+    """Training on all cores: work that leaves the state alone, as forward and backward do, then an update of all of it."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: Model, size: int) -> None:
         torch.set_num_threads(THREADS)
         self._a, self._b = torch.ones(WIDTH, WIDTH), torch.ones(WIDTH, WIDTH)
-        self.step_s = median([self.step() for _ in range(CALM_STEPS)])
+        self._products, self._model = max(1, size // BYTES_PER_PRODUCT), model
+        self.step()
 
-    def step(self) -> float:
+    def step(self, fence: Callable[[], None] = lambda: None) -> float:
+        """One step; the seconds it took. `fence`: called before the update."""
         begun = time.perf_counter()
-        torch.mm(self._a, self._b)
+        for _ in range(self._products):
+            torch.mm(self._a, self._b)
+        fence()
+        self._model.optimizer.step()
         return time.perf_counter() - begun
 
 
 def _measure(name: str, folder: str, size: int, saves: int, pipe: Any) -> None:
     """In a process of its own: save `saves` times and tell what it took."""
-    state = make_state(size)
-    way, trainer = WAYS[name](Disk(Path(folder) / "saved"), state), Trainer()
+    model = Model(size)
+    way, trainer = WAYS[name](Disk(Path(folder) / "saved"), model), Trainer(model, size)
     gc.collect()
     found = []
     with lowest_memory() as lowest:
         before, cpu = lowest(), _cpu_s()
         for _ in range(saves):
-            for tensor in state.values():
-                tensor += 1  # training changes everything: nothing can be left out
             found.append(_one_save(way, trainer))
         peak = before - lowest()
     cpu_s = way.close() + _cpu_s() - cpu - sum(each["trained_s"] for each in found)
@@ -280,21 +305,32 @@ def _measure(name: str, folder: str, size: int, saves: int, pipe: Any) -> None:
 
 
 def _one_save(way: Any, trainer: Trainer) -> dict[str, float]:
+    """One save and the steps until it is durable, at least one."""
+    cpu = time.thread_time()
+    step_s = median([trainer.step() for _ in range(CALM_STEPS)])
+    calm_s = time.thread_time() - cpu
     way.prepare()
-    begun = time.perf_counter()
-    way.save()
-    stall_s = time.perf_counter() - begun
-    done = threading.Event()
-    waiter = threading.Thread(target=lambda: (way.wait(), done.set()))
-    waiter.start()
-    steps, cpu = 0, time.thread_time()
-    while not done.is_set():
-        trainer.step()
-        steps += 1
-    durable_s = time.perf_counter() - begun
-    waiter.join()
-    lost_s = durable_s - steps * trainer.step_s
-    return {"stall_s": stall_s, "durable_s": durable_s, "lost_s": lost_s, "trained_s": THREADS * (time.thread_time() - cpu)}
+    waits: list[float] = []
+
+    def fence() -> None:
+        begun = time.perf_counter()
+        way.fence()
+        waits.append(time.perf_counter() - begun)
+
+    def durable() -> float:
+        way.wait()
+        return time.perf_counter()
+
+    with ThreadPoolExecutor(1) as thread:
+        begun = time.perf_counter()
+        way.save()
+        call_s = time.perf_counter() - begun
+        waiter, cpu = thread.submit(durable), time.thread_time()
+        while not (waiter.done() and waits):
+            trainer.step(fence)
+        trained_s, passed_s = THREADS * (calm_s + time.thread_time() - cpu), time.perf_counter() - begun
+    return {"stall_s": call_s + sum(waits), "durable_s": waiter.result() - begun,
+            "lost_s": passed_s - len(waits) * step_s, "trained_s": trained_s}  # fmt: skip
 
 
 @contextmanager
@@ -325,8 +361,7 @@ def _cpu_s() -> float:
 
 def floors(size: int, folder: Path) -> dict[str, float]:
     """Seconds for the same bytes: one copy with all threads into memory that is in place; one write with fsync."""
-    flat = flatten({"state": Held(make_state(size))}, rank=0, world=1)
-    sources = [bytes_of(local.tensor) for local in flat.tensors.values()]
+    sources = [bytes_of(tensor) for tensor in make_state(size).values()]
     pool = Pool.create(sum(source.nbytes for source in sources))
     pairs, at = [], 0
     for source in sources:

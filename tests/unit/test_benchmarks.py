@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -107,6 +109,42 @@ def test_incremental_counts_what_was_put_and_keeps_one_checkpoint(tmp_path: Path
     assert summed["sent_ratio"] == sum(each.sent for each in found) / sum(each.changed for each in found)
     steps = {path.name for path in (tmp_path / "saved/jobs/save/parts").iterdir()}
     assert len(steps) == 2
+
+
+class Way:
+    """A way to save whose state must not be updated before `fence` was called, and that is durable after two steps."""
+
+    def __init__(self, model: save.Model) -> None:
+        self.model, self.said, self.done = model, list[tuple[str, float]](), threading.Event()
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda: self.tell(name)
+
+    def tell(self, name: str) -> None:
+        """Note the call, with the state's first number as it is then."""
+        self.said.append((name, float(self.model["t0000"][0].detach() - self.first)))
+        if name == "prepare":
+            self.done.clear()
+        if [said for said, _ in self.said].count("fence") == 2:
+            self.done.set()
+        if name == "wait":
+            assert self.done.wait(60)
+
+    first = 0.0
+
+
+def test_a_save_is_between_updates_of_the_whole_state_and_each_update_asks_the_fence_first() -> None:
+    model = save.Model(2**20)
+    trainer = save.Trainer(model, 2**20)
+    way = Way(model)
+    way.first = float(model["t0000"][0].detach()) + save.CALM_STEPS
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    found = save._one_save(way, trainer)
+    assert found["durable_s"] > 0
+    order = [said for said in way.said if said[0] != "wait"]
+    assert [name for name, _ in order[:4]] == ["prepare", "save", "fence", "fence"]
+    assert [value for _, value in order] == pytest.approx([0, 0, *range(len(order) - 2)], abs=1e-3)
+    assert all(bool((new > old + save.CALM_STEPS).all()) for new, old in zip(model.parameters(), before, strict=True))
 
 
 def test_the_peers_recovery_counts_only_steps_done_by_a_whole_group_begun_after_the_kill() -> None:
