@@ -6,8 +6,10 @@ import hashlib
 import itertools
 import multiprocessing
 import os
+import threading
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection as Pipe
 from typing import Any
@@ -52,6 +54,8 @@ class Ranks:
         self._store_url = store_url
         self._numbers = itertools.count(1)
         self._attempt = 0
+        self._over, self._often = threading.Event(), False
+        threading.Thread(target=self._complete, daemon=True).start()
         self._pipes: list[Pipe] = []
         self._processes = []
         for _ in range(count):
@@ -67,6 +71,7 @@ class Ranks:
              cadence: Cadence = SELDOM, seed: int = 0, **settings: Any) -> list[Any]:  # fmt: skip
         """Each rank's result, by rank. Raises RankError with the first rank's exception."""
         attempt = self._attempt = next(self._numbers)
+        self._often = cadence is not SELDOM
         for rank in range(world):
             assignment = Assignment(
                 "job", attempt, f"worker-{attempt}-{rank}", rank, world, rank, self._rendezvous[0],
@@ -79,6 +84,13 @@ class Ranks:
             if isinstance(found, RankError):
                 raise found
         return answers
+
+    def _complete(self) -> None:
+        """As a supervisor does: tell the agent which versions are whole. Of programs that save once only, all of them stay."""
+        while not self._over.wait(0.005):
+            parts = Counter((one.version, one.world) for one in self.agent.vault.held() if self._often)
+            for version in sorted(version for (version, world), count in parts.items() if count == world):
+                self.agent.vault.completed(version)
 
     def newest(self, world: int) -> Origin:
         """The newest version the agent holds, to go on from."""
@@ -97,6 +109,7 @@ class Ranks:
         for process in self._processes:
             process.kill()
             process.join()
+        self._over.set()
         self.agent.close()
 
 
