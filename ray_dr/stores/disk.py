@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import errno
 import os
-import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -140,12 +139,19 @@ class FileStore:
                 _sync_directory(folder.parent)
 
     def _sweep(self) -> None:
-        oldest = time.time() - LEFTOVER_AGE_S
+        """Remove what crashed puts left. Its age is told by the clock that dates the files: that of another machine, where
+        the directory is a network's, and this one's may be an hour off."""
         with os.scandir(self._staging) as found:
-            for item in found:
-                with suppress(FileNotFoundError, PermissionError):
-                    if item.stat().st_mtime < oldest:
-                        os.unlink(item.path)
+            left = [item.path for item in found]
+        if not left:
+            return
+        with suppress(OSError):  # a directory that may only be read is swept by others
+            os.utime(self._staging)
+            oldest = self._staging.stat().st_mtime - LEFTOVER_AGE_S
+            for path in left:
+                with suppress(FileNotFoundError):
+                    if os.stat(path).st_mtime < oldest:
+                        os.unlink(path)
 
 
 def _give_name(staged: Path, target: Path, key: str, *, if_absent: bool) -> None:
