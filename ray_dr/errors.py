@@ -9,7 +9,8 @@
     │   ├── StoreFull          no space or quota left
     │   ├── ObjectTooShort     an object ends before the bytes that were asked for
     │   ├── BrokenPromise      a check found a store to do other than its interface says
-    │   └── StoreUnavailable   unreachable, timed out, throttled, 5xx     (retryable)
+    │   └── StoreUnavailable   unreachable, timed out, 5xx                (retryable)
+    │       └── StoreBusy      throttled: it asks for patience
     ├── CheckpointError        a checkpoint cannot be used
     │   ├── CorruptChunk       bytes do not match their hash
     │   ├── IncompatibleState  names, shapes or dtypes differ: carries the list of differences
@@ -72,10 +73,14 @@ class BrokenPromise(StoreError):
 
 
 class StoreUnavailable(StoreError):
-    """Unreachable, timed out, throttled or failing inside."""
+    """Unreachable, timed out or failing inside."""
 
     def __init__(self, what: str, *, key: str = "") -> None:
         super().__init__(what, key=key, retryable=True)
+
+
+class StoreBusy(StoreUnavailable):
+    """Throttled: the store is there, and takes requests again when fewer come."""
 
 
 class CheckpointError(RayDrError):

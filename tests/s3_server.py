@@ -15,12 +15,15 @@ import asyncio
 import hashlib
 import hmac
 import threading
+import time
 import uuid
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from urllib.parse import parse_qsl, quote, unquote
 from xml.sax.saxutils import escape
 
 ACCESS_KEY, SECRET_KEY, REGION = "test-key", "test-secret", "us-east-1"
+MOST_SKEW_S = 900
 EMPTY = hashlib.sha256(b"").hexdigest()
 
 
@@ -51,14 +54,16 @@ class Answer:
 
 
 class S3Server:
-    """One bucket namespace in memory, on a free loopback port. `conditional=False` ignores If-None-Match."""
+    """One bucket namespace in memory, on a free loopback port. `conditional=False` ignores If-None-Match. Its clock is
+    `ahead_s` seconds ahead of this machine's; more than 15 minutes between it and the caller's are too much."""
 
-    def __init__(self, *, conditional: bool = True, page: int = 1000) -> None:
+    def __init__(self, *, conditional: bool = True, page: int = 1000, ahead_s: float = 0.0) -> None:
         self.objects: dict[str, bytes] = {}
         self.uploads: dict[str, dict[int, bytes]] = {}
         self.requests: list[tuple[str, str]] = []
         self.port = 0
         self._conditional = conditional
+        self.ahead_s = ahead_s
         self._page = page
         self._faults: list[Fault] = []
         self._loop = asyncio.new_event_loop()
@@ -74,6 +79,10 @@ class S3Server:
 
     def plan(self, kind: str, *, method: str, times: int = 1, amount: float = 0, contains: str = "") -> None:
         self._faults.append(Fault(kind, method, times, amount, contains))
+
+    def forgive(self) -> None:
+        """Drop the faults that are still planned."""
+        self._faults.clear()
 
     def __enter__(self) -> S3Server:
         self._thread.start()
@@ -130,7 +139,7 @@ class S3Server:
         if fault and kind[:3].isdigit():
             answer = _error(int(kind[:3]), kind[4:] or "SlowDown")
         else:
-            answer = _check_signature(request) or self._apply(request)
+            answer = _check_signature(request, self.ahead_s) or self._apply(request)
         if kind == "apply_then_drop":
             return False
         if kind == "flip" and answer.body:
@@ -234,7 +243,7 @@ async def _write(writer: asyncio.StreamWriter, request: Request, answer: Answer,
     await writer.drain()
 
 
-def _check_signature(request: Request) -> Answer | None:
+def _check_signature(request: Request, ahead_s: float) -> Answer | None:
     """None when the request is signed with our key (AWS Signature Version 4, header form)."""
     scheme, _, rest = request.headers.get("authorization", "").partition(" ")
     fields = dict(item.strip().partition("=")[::2] for item in rest.split(","))
@@ -265,7 +274,10 @@ def _check_signature(request: Request) -> Answer | None:
     right = hmac.new(secret, text.encode(), "sha256").hexdigest()
     if key != ACCESS_KEY:
         return _error(403, "InvalidAccessKeyId")
-    return None if hmac.compare_digest(right, fields["Signature"]) else _error(403, "SignatureDoesNotMatch")
+    if not hmac.compare_digest(right, fields["Signature"]):
+        return _error(403, "SignatureDoesNotMatch")
+    said = datetime.strptime(request.headers["x-amz-date"], "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC).timestamp()
+    return _error(403, "RequestTimeTooSkewed") if abs(time.time() + ahead_s - said) > MOST_SKEW_S else None
 
 
 def _error(status: int, code: str) -> Answer:

@@ -1,7 +1,8 @@
 """A store that tries again: the only place where retries happen, so that they never multiply.
 
 Only errors that say `retryable` are tried again, with exponential backoff and full jitter, within a bound on attempts
-and on time. A put-if-absent whose first try failed may have been applied all the same: when the next try finds the name
+and on time. A store that throttles is there and says so: it is given minutes, where one that does not answer is given up
+in seconds. A put-if-absent whose first try failed may have been applied all the same: when the next try finds the name
 taken, the object is read back, and our own bytes there are success. Callers that need to know *who* won must therefore
 put bytes that nobody else would put (a nonce, a term).
 """
@@ -10,11 +11,11 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator, MutableSequence
+from collections.abc import Callable, Iterator, MutableSequence, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from ray_dr.errors import AlreadyExists, StoreError
+from ray_dr.errors import AlreadyExists, StoreBusy, StoreError
 from ray_dr.stores.base import Buffer, Entry, Store, Traits
 
 T = TypeVar("T")
@@ -24,15 +25,17 @@ T = TypeVar("T")
 class Retry:
     """How long to insist.
 
-    attempts    tries in all, the first included
+    attempts    tries in all, the first included; answers that throttle are not counted
     first_s     upper bound of the first wait; it doubles each time, up to most_s
     deadline_s  no try starts later than this after the first one began
+    busy_s      the same while the store throttles: longer than the minute that S3 takes to make room
     """
 
     attempts: int = 6
     first_s: float = 0.1
     most_s: float = 5.0
     deadline_s: float = 60.0
+    busy_s: float = 180.0
 
     def wait_s(self, failures: int, rng: random.Random) -> float:
         """Seconds to wait after the n-th failure (from 1): uniform in [0, bound], so that clients spread out."""
@@ -84,17 +87,19 @@ class Retrying:
 
     def list(self, prefix: str) -> Iterator[Entry]:
         """A listing that breaks is begun anew; what was already given is skipped."""
-        failures, last, began = 0, "", self._clock()
+        failed: list[StoreError] = []
+        last, began = "", self._clock()
         while True:
             try:
                 for entry in self._inner.list(prefix):
                     if entry.key > last:
-                        last, failures, began = entry.key, 0, self._clock()
+                        last, began = entry.key, self._clock()
+                        failed.clear()
                         yield entry
                 return
             except StoreError as error:
-                failures += 1
-                self._wait_or_raise(error, failures, began)
+                failed.append(error)
+                self._wait_or_raise(failed, began)
 
     def _insist(self, act: Callable[[], T], failed: MutableSequence[StoreError] | None = None) -> T:
         failures: MutableSequence[StoreError] = [] if failed is None else failed
@@ -106,13 +111,16 @@ class Retrying:
                 if not error.retryable:
                     raise
                 failures.append(error)
-                self._wait_or_raise(error, len(failures), began)
+                self._wait_or_raise(failures, began)
 
-    def _wait_or_raise(self, error: StoreError, failures: int, began: float) -> None:
-        if not error.retryable or failures >= self._retry.attempts:
+    def _wait_or_raise(self, failed: Sequence[StoreError], began: float) -> None:
+        error = failed[-1]
+        counted = sum(not isinstance(each, StoreBusy) for each in failed)
+        if not error.retryable or counted >= self._retry.attempts:
             raise error
-        wait_s = self._retry.wait_s(failures, self._rng)
-        if self._clock() + wait_s - began > self._retry.deadline_s:
+        wait_s = self._retry.wait_s(len(failed), self._rng)
+        most_s = self._retry.deadline_s if counted == len(failed) else self._retry.busy_s
+        if self._clock() + wait_s - began > most_s:
             raise error
         self._sleep(wait_s)
 

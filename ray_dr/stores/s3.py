@@ -19,7 +19,16 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
-from ray_dr.errors import AccessDenied, AlreadyExists, NotFound, ObjectTooShort, StoreError, StoreFull, StoreUnavailable
+from ray_dr.errors import (
+    AccessDenied,
+    AlreadyExists,
+    NotFound,
+    ObjectTooShort,
+    StoreBusy,
+    StoreError,
+    StoreFull,
+    StoreUnavailable,
+)
 from ray_dr.stores.base import Buffer, Entry, Traits, check_key
 
 PART_BYTES = 16 * 2**20
@@ -31,13 +40,13 @@ ONE_PUT_MAX_BYTES = 5 * 2**30
 
 _MISSING = {"NoSuchKey", "NotFound", "404"}
 _DENIED = {
-    "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken",
-    "TokenRefreshRequired", "AccountProblem", "AllAccessDisabled", "RequestTimeTooSkewed",
-    "AuthorizationHeaderMalformed",
+    "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "AccountProblem",
+    "AllAccessDisabled", "AuthorizationHeaderMalformed",
 }  # fmt: skip
 _FULL = {"QuotaExceeded", "InsufficientStorage", "ServiceQuotaExceeded", "XMinioStorageFull"}
-_BUSY = {"SlowDown", "RequestTimeout", "Throttling", "ThrottlingException", "TooManyRequests", "OperationAborted",
-         "ConditionalRequestConflict", "InternalError", "ServiceUnavailable"}  # fmt: skip
+_EXPIRED = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired"}
+_BUSY = {"SlowDown", "Throttling", "ThrottlingException", "TooManyRequests", "ServiceUnavailable"}
+_FAILING = {"RequestTimeout", "OperationAborted", "ConditionalRequestConflict", "InternalError"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,12 +306,16 @@ def _from_answer(answer: Mapping[str, Any], key: str) -> StoreError:
 def _refusal(code: str, status: int, said: str, key: str) -> StoreError:
     if code == "RequestTimeTooSkewed":
         return AccessDenied(f"this machine's clock is wrong: set it ({said})", key=key)
+    if code in _EXPIRED:
+        return AccessDenied(f"the credentials have expired: renew them ({said})", key=key)
     if code in _FULL or status == 507:
         return StoreFull(f"the store is full; free space, raise the quota or lower `keep` ({said})", key=key)
     if code in _DENIED or status in (401, 403):
         return AccessDenied(f"the credentials do not allow this; check key and policy ({said})", key=key)
     if status == 501 or code == "NotImplemented":
         return StoreError(f"the server lacks what this needs ({said})", key=key)
-    if code in _BUSY or status >= 500 or status in (408, 429):
-        return StoreUnavailable(f"the store is busy or failing ({said})", key=key)
+    if code in _BUSY or status in (429, 503):
+        return StoreBusy(f"the store throttles: let fewer write at a time, or raise its request rate ({said})", key=key)
+    if code in _FAILING or status >= 500 or status == 408:
+        return StoreUnavailable(f"the store fails ({said})", key=key)
     return StoreError(f"the store refuses ({said})", key=key)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from ray_dr.errors import AccessDenied, AlreadyExists, StoreError, StoreFull, StoreUnavailable
+from ray_dr.errors import AccessDenied, AlreadyExists, StoreBusy, StoreError, StoreFull, StoreUnavailable
 from ray_dr.stores.checks import CHECKS, reads_back_in_parts
 from ray_dr.stores.examine import try_out
 from ray_dr.stores.open import open_store, probe
@@ -38,9 +38,10 @@ def retried(server: S3Server) -> Retrying:
 @pytest.mark.parametrize(
     ("answer", "error"),
     [
-        ("503 SlowDown", StoreUnavailable),
+        ("503 SlowDown", StoreBusy),
+        ("503 ServiceUnavailable", StoreBusy),
         ("500 InternalError", StoreUnavailable),
-        ("429 TooManyRequests", StoreUnavailable),
+        ("429 TooManyRequests", StoreBusy),
         ("409 ConditionalRequestConflict", StoreUnavailable),
         ("400 RequestTimeout", StoreUnavailable),
         ("403 AccessDenied", AccessDenied),
