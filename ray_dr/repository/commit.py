@@ -164,8 +164,8 @@ def decode(data: bytes, place: str = "") -> Entry | None:
     body = _unsealed(data)
     if body is None or (body.pop("place", place) != place and place):
         return None
-    if body.pop("format") != FORMAT:
-        raise StoreError("the commit log is of a newer format; use a newer ray_dr")
+    if (found := body.pop("format")) != FORMAT:
+        raise StoreError(f"the commit log is of a newer format ({found}, known: {FORMAT}); use a newer ray_dr", key=place)
     try:
         entry: Entry = from_json(_KINDS[body.pop("entry")], body)
     except (ValueError, KeyError) as error:

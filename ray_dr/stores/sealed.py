@@ -142,7 +142,8 @@ class SealedStore:
 
     def _cipher(self, key: str, head: bytes) -> _Cipher:
         if len(head) < HEADER.size or head[:4] != MAGIC:
-            raise BrokenSeal("the object is not encrypted, or its beginning was changed", key=key)
+            newer = "is of a newer format (then use a newer ray_dr)" if head[:3] == MAGIC[:3] else "is not encrypted"
+            raise BrokenSeal(f"the object {newer}, or its beginning was changed", key=key)
         _, number, salt = HEADER.unpack(head)
         if number not in self._keys:
             raise BrokenSeal(f"the object was sealed with data key {number}, which the store does not have", key=key)
