@@ -77,6 +77,17 @@ def test_a_full_disk_loses_the_save_and_nothing_else(small_disk: Path) -> None:
     assert list((small_disk / "store/.tmp").iterdir()) == []
 
 
+def test_a_directory_that_may_only_be_read_is_loaded_from_and_not_saved_to(small_disk: Path) -> None:
+    url = f"file://{small_disk}/store"
+    ray_dr.save(weights(1, 100), url)
+    (small_disk / "store/.tmp/left").write_bytes(b"half")
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    standalone._jobs.clear()
+    assert np.array_equal(loaded(url, 100), weights(1, 100)["w"])
+    with pytest.raises(AccessDenied, match=r"Read-only file system\); check owner and mount options: "):
+        ray_dr.save(weights(2, 100), url)
+
+
 @pytest.mark.parametrize("answer", ["507 InsufficientStorage", "403 QuotaExceeded", "507 XMinioStorageFull"])
 def test_a_full_bucket_loses_the_save_and_nothing_else(server: S3Server, answer: str) -> None:
     url = server.url("b")

@@ -17,6 +17,7 @@ from ray_dr.errors import StoreFull
 from ray_dr.stores import direct
 from ray_dr.stores.direct import DIRECT_FROM_BYTES, ROOM_BYTES, SyncedFiles
 from ray_dr.stores.disk import FileStore
+from ray_dr.stores.open import open_store
 
 PAGE = mmap.PAGESIZE
 SIZES = [
@@ -85,6 +86,18 @@ def test_whole_pages_go_past_the_page_cache_and_the_rest_through_it(
     store, writes = FileStore(on_disk / "store"), Writes(monkeypatch)
     store.put("k", memory[offset : offset + size])
     assert (writes.direct, writes.cached) == (past, through)
+
+
+def test_a_sealed_object_goes_without_another_copy(
+    on_disk: Path, memory: memoryview, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STORE_KEY", "ab" * 32)
+    store = open_store(f"file://{on_disk}/sealed?key=env:STORE_KEY")
+    writes = Writes(monkeypatch)
+    store.put("k", memory[1 : 1 + 3 * ROOM_BYTES])
+    assert writes.direct == [3 * ROOM_BYTES]
+    assert sum(writes.cached) < PAGE
+    assert store.get("k") == memory[1 : 1 + 3 * ROOM_BYTES]
 
 
 def test_read_only_and_nested_buffers_are_taken(on_disk: Path, memory: memoryview) -> None:
