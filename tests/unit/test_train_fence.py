@@ -28,7 +28,8 @@ from ray_dr.train.state import flatten
 from tests.unit.train_programs import GUARD_S, TOKEN, Rows
 
 Bytes = dict[tuple[str, tuple[int, ...]], bytes]
-cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+without_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+CUDA = pytest.param("cuda", marks=[pytest.mark.gpu, without_cuda])
 
 
 def cut(part: Any, stream: memoryview) -> Bytes:
@@ -210,13 +211,14 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.parametrize("device", ["cpu", CUDA])
 @pytest.mark.parametrize("passes", [1, 3])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_a_save_copied_at_the_last_moment_has_the_bytes_of_its_steps_end(
-    agent: Agent, link: Tapped, gate: Gate, kind: str, tied: bool, passes: int
+    agent: Agent, link: Tapped, gate: Gate, kind: str, tied: bool, passes: int, device: str
 ) -> None:
-    model = Net(tied)
+    model = Net(tied).to(device)
     optimizer = OPTIMIZERS[kind](model)
     optimizer.register_step_pre_hook(gate.open)  # before the fence: forward and backward are through, the step begins
     ctx = context(agent, link, gate)
@@ -275,10 +277,11 @@ def test_what_no_saved_optimizer_has_is_copied_at_once(agent: Agent, link: Tappe
     assert not link.notes
 
 
+@pytest.mark.parametrize("device", ["cpu", CUDA])
 def test_a_parameter_changed_while_it_is_copied_is_no_save_and_from_then_on_all_is_copied_at_once(
-    agent: Agent, link: Tapped, gate: Gate
+    agent: Agent, link: Tapped, gate: Gate, device: str
 ) -> None:
-    model = Net()
+    model = Net().to(device)
     optimizer = Adam(model.parameters(), 0.1)
     optimizer.register_step_pre_hook(gate.open)
     ctx = context(agent, link, gate)
@@ -443,3 +446,20 @@ def test_a_small_state_needs_no_thread(agent: Agent, link: Tapped, gate: Gate, m
     state = ctx.restore(model=model, optimizer=optimizer)
     assert link.saves == train(ctx, state, stepping(model, optimizer))
     assert not ctx._fence._thread._threads
+
+
+@pytest.mark.gpu
+@without_cuda
+def test_a_copy_from_a_device_comes_after_all_that_the_device_was_given_before_and_keeps_the_memory() -> None:
+    slot = torch.zeros(8 * 2**20, dtype=torch.uint8).pin_memory()
+    source = torch.zeros(2**10, 2**11, device="cuda")
+    torch.cuda._sleep(200_000_000)  # about a tenth of a second, in which nothing below has happened on the device
+    source.fill_(7.0)
+    copy = Copy([(slot.numpy().data, source.T)])
+    del source
+    thread = threading.Thread(target=copy.run)
+    thread.start()
+    others = [torch.full((2**10, 2**11), 9.0, device="cuda") for _ in range(4)]
+    thread.join()
+    assert bool((slot.view(torch.float32) == 7.0).all())
+    assert len(others) == 4

@@ -105,10 +105,12 @@ def stage(tmp_path: Any) -> Iterator[Stage]:
     made.close()
 
 
-@pytest.mark.parametrize("frozen", [0, 1])
-def test_an_abort_frees_a_rank_whose_peer_is_frozen_and_it_trains_on_alone(stage: Stage, frozen: int) -> None:
+@pytest.mark.parametrize(("frozen", "behind"), [(0, False), (1, False), (1, True)])
+def test_an_abort_frees_a_rank_whose_peer_is_frozen_and_it_trains_on_alone(
+    stage: Stage, frozen: int, behind: bool
+) -> None:
     stage.add(2, walk)
-    stage.start(1, [0, 1], steps=10**9)
+    stage.start(1, [0, 1], steps=10**9, behind=behind)
     stage.wait_for("Stepped", step=3)
     os.kill(stage.workers[frozen].pid, signal.SIGSTOP)
     survivor = 1 - frozen
@@ -120,10 +122,13 @@ def test_an_abort_frees_a_rank_whose_peer_is_frozen_and_it_trains_on_alone(stage
     assert stage.wait_for("WorkerReturned", f"w{survivor}")["step"] == 3
 
 
+@pytest.mark.parametrize("behind", [False, True])
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_peer_is_noticed_and_the_survivor_calls_it_somebody_elses_fault(stage: Stage, victim: int) -> None:
+def test_a_killed_peer_is_noticed_and_the_survivor_calls_it_somebody_elses_fault(
+    stage: Stage, victim: int, behind: bool
+) -> None:
     stage.add(2, walk)
-    stage.start(1, [0, 1], steps=10**9)
+    stage.start(1, [0, 1], steps=10**9, behind=behind)
     stage.wait_for("Stepped", step=3)
     os.kill(stage.workers[victim].pid, signal.SIGKILL)
     raised = stage.wait_for("WorkerRaised", f"w{1 - victim}")
@@ -138,9 +143,10 @@ def test_a_dead_workers_connection_tells_the_supervisor_at_once(stage: Stage) ->
     stage.wait_for_lost("w0")
 
 
-def test_all_ranks_stop_at_the_common_step_and_the_state_goes_on_from_there(stage: Stage) -> None:
+@pytest.mark.parametrize("behind", [False, True])
+def test_all_ranks_stop_at_the_common_step_and_the_state_goes_on_from_there(stage: Stage, behind: bool) -> None:
     stage.add(2, walk)
-    stage.start(1, [0, 1], steps=10**9)
+    stage.start(1, [0, 1], steps=10**9, behind=behind)
     stage.wait_for("Stepped", step=2)
     target = 60 + max(stage.ask(rank, "status")["step"] for rank in (0, 1))
     assert all(stage.ask(rank, "stop_at", 1, target, False) < target for rank in (0, 1))

@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ray_dr.model.attempt import Assignment, Cadence, Origin
 from ray_dr.stores.open import open_store
-from ray_dr.train import collectives
+from ray_dr.train import collectives, fence
 from ray_dr.train.context import Context, Control
 from ray_dr.train.link import Link
 from ray_dr.train.state import bytes_of, flatten
@@ -243,7 +243,10 @@ def digest(tensors: Mapping[str, bytes]) -> str:
 
 
 def walk(ctx: Context) -> None:
-    """Steps with a collective each, for as long as `steps` says; errors of the program's own are swallowed."""
+    """Steps with a collective each, for as long as `steps` says; errors of the program's own are swallowed. With `behind`,
+    saves are copied while training goes on, however small."""
+    if ctx.settings.get("behind"):
+        fence.AT_ONCE_BYTES = 1
     model = wrap(network(), "ddp")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     ctx.data(Rows(), global_batch=8)
