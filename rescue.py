@@ -36,7 +36,7 @@ _TABLE = """float64 <f8 F64, float32 <f4 F32, float16 <f2 F16, bfloat16 <u2 BF16
     float4_e2m1fn_x2 |u1 -, int64 <i8 I64, int32 <i4 I32, int16 <i2 I16, int8 |i1 I8, uint64 <u8 U64,
     uint32 <u4 U32, uint16 <u2 U16, uint8 |u1 U8, bool |b1 BOOL, complex32 <u4 -, complex64 <c8 -, complex128 <c16 -"""
 DTYPES = {name: names for name, *names in (row.split() for row in _TABLE.split(","))}
-SAVE = r"\d{6,}-\d{12,}-\d{6,}"
+JOB, SAVE = r"(?!.*\.\.)[a-zA-Z0-9][a-zA-Z0-9._=-]{0,127}", r"\d{6,}-\d{12,}-\d{6,}"
 IV = np.array([0x6A09E667, 0xBB67AE85, 0x3C6EF372, 0xA54FF53A, 0x510E527F, 0x9B05688C, 0x1F83D9AB, 0x5BE0CD19], "u4")
 PERMUTATION = [2, 6, 3, 10, 7, 0, 4, 13, 1, 11, 12, 5, 9, 14, 15, 8]
 CHUNK_START, CHUNK_END, PARENT, ROOT = 1, 2, 4, 8
@@ -114,7 +114,7 @@ class Repository:
         if not found or digest(data[: found.start()] + data[found.end() :]) != found[1].decode():
             raise Damaged(f"{key}: does not match the BLAKE3 hash it carries")
         entry = json.loads(data)
-        if entry["format"] != 1 or entry["entry"] not in ("term", "checkpoint", "kept"):
+        if entry["format"] != 1 or entry["entry"] not in ("term", "checkpoint", "kept", "hold", "release", "base"):
             sys.exit(f"{key}: of format {entry['format']}, {entry['entry']!r}: it needs the rescue.py of a newer ray_dr")
         if entry.get("place", key) != key:
             raise Damaged(f"{key}: was put as {entry['place']}")
@@ -137,10 +137,10 @@ class Log:
                 self.hiding = True
 
     def add(self, key, entry):
-        if entry["entry"] == "term":
-            if entry["term"] <= self.term:
+        if entry["entry"] not in ("checkpoint", "kept"):  # which jobs share chunks concerns only who removes some
+            if entry.get("term", self.term + 1) <= self.term:
                 raise Damaged(f"{key}: its term {entry['term']} is not above {self.term}: not the entry that was put here")
-            self.term = entry["term"]
+            self.term = entry.get("term", self.term)
             return
         kept, newest = entry["entry"] == "kept", max(self.manifests, default=(-1, -1))
         manifests = {version(m["version"]): m for m in (entry["manifests"] if kept else [entry["manifest"]])}
@@ -169,7 +169,7 @@ def read_part(repo, job, manifest, ref):
     if (version(part["version"]), part["rank"], part["world"]) != (version(manifest["version"]), ref["rank"], manifest["world"]):
         raise Damaged(f"{key}: of another version, rank or world than its manifest says")
     for chunk in part["chunks"]:
-        if chunk["at"] != end or not re.fullmatch(rf"{SAVE}/[0-9a-f]{{64}}", f"{chunk['folder']}/{chunk['id']}"):
+        if chunk["at"] != end or not re.fullmatch(rf"({JOB}/)?{SAVE}/[0-9a-f]{{64}}", f"{chunk['folder']}/{chunk['id']}"):
             raise Damaged(f"{key}: its chunk at {end} does not begin there or has no proper name")
         end += chunk["size"]
     for box, at in ((shard["box"], shard["at"]) for shard in part["shards"]):
@@ -204,7 +204,7 @@ def boxes_of(repo, job, part):
         start, size = shard["at"], bytes_in(shard["box"]["dtype"], shard["box"]["lengths"])
         while len(held) < size:
             chunk = next(chunks)
-            key = f"jobs/{job}/chunks/{chunk['folder']}/{chunk['id']}"
+            key = "jobs/{}/chunks/{}/{}".format(*f"{job}/{chunk['folder']}".split("/")[-2:], chunk["id"])
             held += repo.verified(key, chunk["id"], chunk["size"], "chunks")[max(0, start + len(held) - chunk["at"]) :]
         yield shard["box"], bytes(held[:size])
 

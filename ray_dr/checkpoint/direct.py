@@ -21,6 +21,7 @@ from ray_dr.repository.chunks import KnownChunks
 from ray_dr.repository.commit import FORMAT, CommitLog
 from ray_dr.repository.layout import journal_prefix, parts_prefix, save_folder
 from ray_dr.repository.saving import SavedPart, save_part
+from ray_dr.repository.sharing import take_base
 from ray_dr.stores.base import Store
 from ray_dr.stores.open import refuse_locked
 
@@ -40,10 +41,11 @@ class DirectJob:
     """One job in one store, as a program without a supervisor writes it. Not thread-safe.
 
     Of several ranks one calls `begin` and `commit`, each calls `put`.
+    share_with   a job of the same store that this one begins at, see `repository.sharing`
     """
 
-    def __init__(self, store: Store, job: str) -> None:
-        self.store, self.job = store, job
+    def __init__(self, store: Store, job: str, *, share_with: str = "") -> None:
+        self.store, self.job, self._share_with = store, job, share_with
         self._log = CommitLog(store, job)
         self._known = KnownChunks()
         self._sealer = Sealer()
@@ -51,10 +53,12 @@ class DirectJob:
 
     def begin(self, step: int | None) -> Opening:
         """Number a save of `step` (None: one after the newest, from 0). Raises Fenced when another process took the
-        job since this one's first save, ConfigError when a supervisor has it."""
+        job since this one's first save, ConfigError when a supervisor has it, NoCheckpoint when there is nothing to share."""
         if self._term == 0:
             self._refuse_supervised()
             self._term = self._log.take_term(f"{socket.gethostname()}:{os.getpid()}", time.time())
+            if self._share_with:
+                take_base(self.store, self._log, self.job, self._share_with)
         newest = self._log.newest()
         if (term := self._log.term()) > self._term:
             raise Fenced(self.job, mine=self._term, newest=term)

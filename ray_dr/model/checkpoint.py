@@ -52,7 +52,8 @@ class Shard:
 class Chunk:
     """A run of a part's stream: `id` is the hex BLAKE3 of its `size` bytes at offset `at`.
 
-    folder  in a store: the save that put the bytes there (`repository.layout.save_folder`); empty while in memory only
+    folder  in a store: the save that put the bytes there (`repository.layout.save_folder`), with "<job>/" before it when
+            it was another job's; empty while in memory only
     """
 
     id: str

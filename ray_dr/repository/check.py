@@ -123,6 +123,8 @@ def take_inventory(store: Store, job: str, view: LogView, versions: Iterable[Ver
         parts[manifest.version].append(found)
         for chunk in found.chunks:
             needed.setdefault(chunk_key(job, chunk), (chunk, []))[1].append(manifest.version)
+    others = {key.rpartition("/")[0] + "/" for key in needed if not key.startswith(chunks_prefix(job))}
+    listed |= {e.key: e.size for prefix in sorted(others) for e in store.list(prefix)}
     chunks = {key: (chunk, tuple(dict.fromkeys(users))) for key, (chunk, users) in sorted(needed.items())}
     for key, (chunk, users) in chunks.items():
         if listed.get(key) != chunk.size:

@@ -1,11 +1,15 @@
 """The commit log: which checkpoints a job has, and whose word counts.
 
 Theory of operation. A job's log is a row of objects numbered 1, 2, 3, ..., each put once, by put-if-absent at the next
-free number. There are three kinds:
+free number. There are three kinds, and three more by which
+jobs share chunks (see `sharing`):
 
     term        a supervisor takes the job: its term is higher than every term before
     checkpoint  a manifest: with this put, and not before, the checkpoint exists
     kept        the manifests that pruning leaves; it stands for everything before it
+    hold        another job may name what a checkpoint names: its objects stay, also when it is dropped, until the
+    release     of that hold
+    base        the other job's checkpoint that is held for this one; the second time: it is needed no more
 
 Whoever appends has read everything before the number at which it writes, so a put that succeeds was decided in full
 knowledge: of two writers one gets the number, the other reads the winner's entry and decides anew. A checkpoint or kept
@@ -74,6 +78,38 @@ class Pending:
 
 
 @dataclass(frozen=True, slots=True)
+class HoldEntry:
+    """`holder`, a job of the same store, may name what the checkpoint of `version` names."""
+
+    holder: str
+    version: VersionId
+
+
+@dataclass(frozen=True, slots=True)
+class ReleaseEntry:
+    """The hold has ended."""
+
+    holder: str
+    version: VersionId
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """A hold in force, and the checkpoint it is about."""
+
+    holder: str
+    manifest: Manifest
+
+
+@dataclass(frozen=True, slots=True)
+class BaseEntry:
+    """A checkpoint of another job whose chunks this one's may name; without it that has ended, for good."""
+
+    job: str
+    manifest: Manifest | None
+
+
+@dataclass(frozen=True, slots=True)
 class KeptEntry:
     """After pruning: the highest term and version so far, and the manifests that are left, oldest first."""
 
@@ -83,10 +119,17 @@ class KeptEntry:
     damaged: int = 0
     newest: VersionId | None = None
     pending: tuple[Pending, ...] = ()
+    holds: tuple[Hold, ...] = ()
+    base: BaseEntry | None = None
 
 
-Entry = TermEntry | CheckpointEntry | KeptEntry
-_KINDS: dict[str, type[Entry]] = {"term": TermEntry, "checkpoint": CheckpointEntry, "kept": KeptEntry}
+Entry = TermEntry | CheckpointEntry | KeptEntry | HoldEntry | ReleaseEntry | BaseEntry
+_KINDS: dict[str, type[Entry]] = {
+    "term": TermEntry, "checkpoint": CheckpointEntry, "kept": KeptEntry,
+    "hold": HoldEntry, "release": ReleaseEntry, "base": BaseEntry,
+}  # fmt: skip
+_LATER = ("holds", "base")
+"""Members of a kept entry that are written only where they say something: who doesn't know them needn't."""
 _NAMES = {kind: name for name, kind in _KINDS.items()}
 
 
@@ -99,6 +142,8 @@ class LogView:
     settled   number of the last entry that says which checkpoint is the newest
     newest    the highest version that ever was in the log
     pending   dropped checkpoints whose objects still stay
+    holds     checkpoints, dropped or not, whose objects stay because other jobs name them
+    base      None: never was one
     """
 
     tail: int = 0
@@ -109,6 +154,8 @@ class LogView:
     settled: int = 0
     newest: VersionId | None = None
     pending: tuple[Pending, ...] = ()
+    holds: tuple[Hold, ...] = ()
+    base: BaseEntry | None = None
 
     @property
     def doubtful(self) -> tuple[int, ...]:
@@ -131,17 +178,30 @@ def extend(view: LogView, entry: Entry | None) -> LogView:
         case KeptEntry() if entry.term >= view.term and entry.highest >= view.term:
             newest = entry.newest or max((left.version for left in entry.manifests), default=view.newest)
             return LogView(
-                view.tail, entry.highest, entry.manifests, entry.damaged, (), view.tail, newest, entry.pending
-            )
+                view.tail, entry.highest, entry.manifests, entry.damaged, (), view.tail, newest, entry.pending,
+                entry.holds, entry.base,
+            )  # fmt: skip
+        case HoldEntry():
+            held = [Hold(entry.holder, each) for each in view.checkpoints if each.version == entry.version]
+            return replace(view, holds=(*view.holds, *held))
+        case ReleaseEntry():
+            return replace(view, holds=tuple(hold for hold in view.holds if not _is_of(hold, entry)))
+        case BaseEntry() if view.base is None or entry.manifest is None:
+            return replace(view, base=entry)
         case _:
             return view
+
+
+def _is_of(hold: Hold, entry: HoldEntry | ReleaseEntry) -> bool:
+    return (hold.holder, hold.manifest.version) == (entry.holder, entry.version)
 
 
 def too_late(manifest: Manifest, view: LogView) -> str:
     """Why a checkpoint may not be appended to the log as seen; empty when it may. `prune` relies on both reasons."""
     if view.newest is not None and manifest.version <= view.newest:
         return f"step {manifest.version.step} of attempt {manifest.version.attempt} is not newer than {view.newest}"
-    named = {ref.digest for known in view.checkpoints for ref in known.parts}
+    base = (view.base.manifest,) if view.base and view.base.manifest else ()
+    named = {ref.digest for known in (*view.checkpoints, *base) for ref in known.parts}
     if any(ref.base and ref.base not in named for ref in manifest.parts):
         return f"step {manifest.version.step} reuses chunks of a checkpoint that was dropped meanwhile"
     return ""
@@ -152,7 +212,10 @@ def encode(entry: Entry, place: str = "") -> bytes:
 
     place   the object's name, which becomes part of what is hashed
     """
-    body = {"entry": _NAMES[type(entry)], "format": FORMAT, **to_json(entry)}
+    fields = to_json(entry)
+    if isinstance(entry, KeptEntry):
+        fields = {name: value for name, value in fields.items() if value or name not in _LATER}
+    body = {"entry": _NAMES[type(entry)], "format": FORMAT, **fields}
     return _sealed({**body, "place": place} if place else body)
 
 
@@ -232,12 +295,46 @@ class CommitLog:
         waiting = seen.pending if pending is None else tuple(pending)
         with self._lock:
             self._require_term(mine, seen)
-            if self._put(seen, KeptEntry(mine, seen.term, tuple(manifests), seen.damaged, seen.newest, waiting)):
+            entry = KeptEntry(
+                mine, seen.term, tuple(manifests), seen.damaged, seen.newest, waiting, seen.holds, seen.base
+            )
+            if self._put(seen, entry):
                 return True
             view = self.refresh()
             if term is not None:
                 self._require_term(term, view)
             return False
+
+    def hold(self, manifest: Manifest, holder: str) -> bool:
+        """Have the objects of a checkpoint stay for another job. False: it does not exist (any more)."""
+        with self._lock:
+            for _ in range(APPEND_TRIES):
+                view = self.refresh()
+                if Hold(holder, manifest) in view.holds:
+                    return True
+                if manifest not in view.checkpoints:
+                    return False
+                if self._put(view, HoldEntry(holder, manifest.version)):
+                    return True
+            raise self._contended()
+
+    def release(self, holder: str, *, but: VersionId | None = None) -> None:
+        """End the holds of a job, except that of a version. The job's own log must have said before that it needs them no
+        more, or never will (why: `sharing`)."""
+        with self._lock:
+            for _ in range(APPEND_TRIES):
+                view = self.refresh()
+                versions = [hold.manifest.version for hold in view.holds if hold.holder == holder]
+                over = [version for version in versions if version != but]
+                if not over:
+                    return
+                self._put(view, ReleaseEntry(holder, over[0]))
+            raise self._contended()
+
+    def base(self, base: BaseEntry, *, seen: LogView) -> bool:
+        """Say on what this job is based, or that it is no more, decided on the log as `seen`. False: it has grown since."""
+        with self._lock:
+            return self._put(seen, base)
 
     def mark(self) -> None:
         """Say in the store how far the log has come, so that the loss of its last entries is noticed. Best effort."""

@@ -7,7 +7,8 @@
     jobs/<job>/journal/<term>-<segment>.jsonl            journal segments
     keys/<data key>-<wrapper>.json                       of an encrypted store only, written by `stores.keys`
 
-<save> is <attempt>-<step>-<term>. A later save of the job may reuse its chunks; when they may go is told in `prune`.
+<save> is <attempt>-<step>-<term>. A later save of the job, or of another one (see `sharing`), may reuse its chunks; when
+they may go is told in `prune`.
 """
 
 from __future__ import annotations
@@ -90,8 +91,10 @@ def chunks_prefix(job: str, folder: str = "") -> str:
 
 
 def chunk_key(job: str, chunk: Chunk) -> str:
+    """Where a chunk that `job` names lies: in one of its own saves, or in one of another job's."""
     assert chunk.folder, f"chunk {chunk.id} is in no store"
-    return f"{chunks_prefix(job, chunk.folder)}{chunk.id}"
+    other, _, folder = chunk.folder.rpartition("/")
+    return f"{chunks_prefix(other or job, folder)}{chunk.id}"
 
 
 def journal_prefix(job: str) -> str:

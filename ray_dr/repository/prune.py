@@ -28,6 +28,8 @@ until a time; prunes before that time leave its objects alone, one after it remo
 first phase thus has that grace to finish. It is for readers only: a wrong clock makes one fail, and damages nothing.
 Without grace (as a job prunes by itself) it finds objects missing, and says so.
 
+Checkpoints that other jobs hold (see `sharing`) keep their objects like those of K, whether they exist or not.
+
 Assumed: attempts are never numbered twice; entries of the log are not damaged; a `list` shows every object whose put
 had returned (else garbage stays a little longer).
 
@@ -50,6 +52,7 @@ from ray_dr.repository.commit import CommitLog, Pending
 from ray_dr.repository.layout import chunk_key, chunks_prefix, folder_of, parts_prefix, version_of
 from ray_dr.repository.parts import read_part
 from ray_dr.repository.retention import PrunePlan, plan_prune
+from ray_dr.repository.sharing import let_go
 from ray_dr.stores.base import Store
 
 PLAN_TRIES = 20
@@ -135,18 +138,28 @@ def execute(
             all_of_it = (
                 seen.tail % SWEEP_EVERY < 2 if whole is None else whole
             )  # the log grows by one or two per checkpoint
-            removed = _remove(store, job, kept, gone, all_of_it, [each.manifest for each in waiting])
+            held = [hold.manifest for hold in seen.holds]
+            removed = _remove(store, job, kept, gone, all_of_it, [each.manifest for each in waiting], held)
+            if all_of_it:
+                let_go(store, log, job)
             return Pruned(plan, *removed, swept=all_of_it, pending=waiting)
     raise StoreUnavailable("the commit log grows faster than it can be pruned", key=job)
 
 
-def sweep(store: Store, job: str, kept: Sequence[Manifest], *, waiting: Sequence[Manifest] = ()) -> tuple[int, int]:
+def sweep(
+    store: Store,
+    job: str,
+    kept: Sequence[Manifest],
+    *,
+    waiting: Sequence[Manifest] = (),
+    held: Sequence[Manifest] = (),
+) -> tuple[int, int]:
     """Remove everything that no checkpoint can name any more: how many (part lists, chunks).
 
     `kept` are the checkpoints that exist at some point of the log, the present one or an earlier; `waiting` do not exist any
-    more, but their objects are to stay.
+    more, but their objects are to stay; `held` are those that other jobs hold at that point.
     """
-    return _remove(store, job, kept, (), True, waiting)
+    return _remove(store, job, kept, (), True, waiting, held)
 
 
 def _remove(
@@ -156,15 +169,16 @@ def _remove(
     dropped: Sequence[Manifest],
     whole: bool,
     waiting: Sequence[Manifest] = (),
+    held: Sequence[Manifest] = (),
 ) -> tuple[int, int]:
     if not kept:
         return 0, 0
     newest = max(manifest.version for manifest in kept)
     # Read before anything is removed: when a part list can't be read, nothing is.
-    refs = [ref for manifest in (*kept, *waiting) for ref in manifest.parts]
+    refs = list({ref.key: ref for manifest in (*kept, *waiting, *held) for ref in manifest.parts}.values())
     folders = frozenset(folder_of(ref.key) for ref in refs)
     reusing = [ref for ref in refs if ref.base]
-    damaged_may_be = {ref.digest for manifest in waiting for ref in manifest.parts}
+    damaged_may_be = {ref.digest for manifest in waiting if manifest not in held for ref in manifest.parts}
     named = _chunks_named(store, job, reusing, damaged_may_be) if whole else frozenset[str]()
     parts = plan_sweep(_keys(store, parts_prefix(job)), frozenset(ref.key for ref in refs), newest, folders)
     _delete(store, parts.remove)

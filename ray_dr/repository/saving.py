@@ -70,16 +70,20 @@ def save_part(
 
 
 def _reusable(store: Store, log: CommitLog, part: Part) -> tuple[str, Mapping[str, str]]:
-    """The digest of one part list of the newest checkpoint, and id -> folder of chunks that it names.
+    """The digest of one part list of the newest checkpoint, and id -> folder of chunks that it names. A job without a
+    checkpoint takes the one of another job that it is based on, if any.
 
     Older checkpoints that are kept are not looked at: what they have and the newest lacks has changed since.
     """
-    newest = log.newest()
+    view = log.refresh()
+    newest = view.checkpoints[-1] if view.checkpoints else view.base and view.base.manifest
     base, there = "", dict[str, str]()
     for ref in _likely(newest, part) if newest else ():
         with contextlib.suppress(StoreError, CheckpointError):  # dropped meanwhile or damaged: its chunks are put again
             there |= {chunk.id: chunk.folder for chunk in read_part(store, ref).chunks}
             base = base or ref.digest
+    if newest and not view.checkpoints:
+        there = {id_: folder if "/" in folder else f"{newest.job}/{folder}" for id_, folder in there.items()}
     return base, there
 
 

@@ -68,28 +68,34 @@ class Saving:
         return self._future.done()
 
 
-def save(objects: Mapping[str, Any], url: str, *, step: int | None = None, job: str = DEFAULT_JOB) -> Saved:
+def save(
+    objects: Mapping[str, Any], url: str, *, step: int | None = None, job: str = DEFAULT_JOB, share_with: str = ""
+) -> Saved:
     """Save named objects to a store: modules, optimizers, whatever has `state_dict` and `load_state_dict`, and nested
     mappings and lists of tensors, arrays, numbers and strings. Returns when the checkpoint is committed.
 
     step   what it is called; without it, one more than the newest
     job    the name it lies under: `ray-dr checkpoints JOB --store URL`. One process (or group) saves to it at a time
+    share_with   a job in the same store whose newest checkpoint this one was made from: what did not change since is not
+                 sent again, and stays there for as long as this job needs it. Counts with the job's first save
     Raises UnsupportedState naming what cannot be stored, StoreError, Fenced when another process saved meanwhile.
     """
     try:
-        return _begin(objects, _Request(url, job, step)).result()
+        return _begin(objects, _Request(url, job, step, share_with)).result()
     finally:
         _settle()
         _give_back_slot()
 
 
-def save_async(objects: Mapping[str, Any], url: str, *, step: int | None = None, job: str = DEFAULT_JOB) -> Saving:
+def save_async(
+    objects: Mapping[str, Any], url: str, *, step: int | None = None, job: str = DEFAULT_JOB, share_with: str = ""
+) -> Saving:
     """Like `save`, but returns as soon as the state is copied to memory, which is kept for the next time.
 
     A save that fails raises in `wait()`, and is logged. One that nobody waits for is finished before the program ends;
     wait for it before the process group is destroyed.
     """
-    request = _Request(url, job, step)
+    request = _Request(url, job, step, share_with)
     future = _begin(objects, request)
     future.add_done_callback(lambda done: _log_failure(request, done.exception()))
     return Saving(future)
@@ -203,6 +209,7 @@ class _Request:
     url: str
     job: str
     step: int | None
+    share_with: str = ""
 
 
 def _begin(objects: Mapping[str, Any], request: _Request) -> Future[Saved]:
@@ -289,7 +296,7 @@ def _open(request: _Request, ranks: _Ranks, failed: Exception | None) -> tuple[_
         raise failed
     key = (request.url, request.job)
     if key not in _jobs:
-        _jobs[key] = DirectJob(open_store(request.url), request.job)
+        _jobs[key] = DirectJob(open_store(request.url), request.job, share_with=request.share_with)
     return request, _jobs[key].begin(request.step) if ranks.rank == 0 else None
 
 

@@ -63,7 +63,7 @@ def restored(store: Store, manifest: Manifest) -> bytes:
     for part in (read_part(store, ref) for ref in manifest.parts):
         room = bytearray(part.size)
         for chunk in part.chunks:
-            read_chunk_into(store, JOB, chunk, memoryview(room)[chunk.at : chunk.at + chunk.size])
+            read_chunk_into(store, manifest.job, chunk, memoryview(room)[chunk.at : chunk.at + chunk.size])
         streams.append(bytes(room))
     return b"".join(streams)
 
