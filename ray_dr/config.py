@@ -10,6 +10,7 @@
         - {kind: disk, path: /mnt/nvme/ray_dr, every: 1m, keep: {last: 2}}       # a directory of each node's own
         - {kind: s3, url: s3://bucket/prefix, every: 5m, keep: {last: 3, hourly: 24, daily: 7, weekly: 4, within: 2d}}
         - {kind: s3, url: s3://elsewhere/prefix, every: 1h}       # a second store
+          # share_with: base-job    in a store tier: the job it was tuned from; what it has of it is not put again
     recovery: {unwind: 15s, start: 5m, settle: 1s, silent: 5s, attempts_without_progress: 5}
     deterministic: false
     seed: 0
@@ -46,7 +47,7 @@ JOB_KEYS = (
 )  # fmt: skip
 WORKER_KEYS = ("nodes", "min_nodes_to_run", "per_node", "gpus_per_node", "cpus_per_worker")
 RECOVERY_KEYS = ("unwind", "start", "settle", "silent", "attempts_without_progress")
-STORE_TIER_KEYS = ("kind", "url", "path", "every", "keep")
+STORE_TIER_KEYS = ("kind", "url", "path", "every", "keep", "share_with")
 KEEP_KEYS = ("last", "hourly", "daily", "weekly", "within")
 TIER_KINDS = ("memory", "file", "disk", "s3", "store")
 SCHEMES = ("file", "s3", "memory")
@@ -123,8 +124,11 @@ def _parse(text: str, file: str) -> tuple[Job, Place]:
         Place(file, 1, "job").fail("missing", "give the job a name to resume by: `job: my-run`")
     workers = _one(keys, "workers", _workers, Workers())
     tiers, store_place = _tiers(keys, workers, file)
+    name = _job_name(keys["job"])
+    if name in (tiers.store.share_with, tiers.second.share_with if tiers.second else ""):
+        keys["job"].fail(f"{name} can't share with itself", "write the job it was tuned from as share_with")
     job = Job(
-        name=_job_name(keys["job"]),
+        name=name,
         store=tiers.store,
         workers=workers,
         memory=tiers.memory,
@@ -315,7 +319,8 @@ def _store_tier(keys: dict[str, Setting], every: Every | None) -> tuple[StoreTie
     tier = StoreTier(url)
     cadence = _one(keys, "every", Setting.every, every or tier.every)
     keep = _one(keys, "keep", _keep, tier.keep)
-    return StoreTier(url, cadence, keep.last, keep.hourly, keep.daily, keep.weekly, keep.within_s), place
+    share = _one(keys, "share_with", _job_name, "")
+    return StoreTier(url, cadence, keep.last, keep.hourly, keep.daily, keep.weekly, keep.within_s, share), place
 
 
 def _place_of(keys: dict[str, Setting], what: str) -> tuple[str, Place]:

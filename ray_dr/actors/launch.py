@@ -19,8 +19,10 @@ from ray_dr.actors import cluster
 from ray_dr.actors.supervisor import Supervisor
 from ray_dr.errors import ClusterError, ConfigError, JobFailed
 from ray_dr.model import codec
-from ray_dr.model.job import Job
+from ray_dr.model.job import Job, StoreTier
 from ray_dr.model.recovery import Failed, Finished
+from ray_dr.repository.commit import CommitLog
+from ray_dr.stores.open import open_store
 from ray_dr.stores.unconditional import GUARANTEE
 
 PIECE_BYTES = 64 * 1024
@@ -57,6 +59,9 @@ def run(train: Callable[[Any], None], job: str | Path | Job, *, quiet: bool = Fa
     """
     spec = job if isinstance(job, Job) else config.load(job)
     traits = config.check_store(spec, None if isinstance(job, Job) else job)
+    for tier in (spec.store, spec.second):
+        if tier is not None and tier.share_with:
+            _check_base(spec.name, tier)
     say = _silent if quiet else _print
     if not traits.conditional_put:
         say(f"job {spec.name}: WARNING: about the store {spec.store.url}: {GUARANTEE}")
@@ -74,6 +79,13 @@ def run(train: Callable[[Any], None], job: str | Path | Job, *, quiet: bool = Fa
     if isinstance(ended, Failed):
         raise JobFailed(spec.name, ended.reason, resubmit=ended.resubmit)
     return ended
+
+
+def _check_base(job: str, tier: StoreTier) -> None:
+    store = open_store(tier.url)
+    if not any(CommitLog(store, name).checkpoints() for name in (tier.share_with, job)):
+        raise ConfigError(f"job {tier.share_with} has no checkpoint in {store.url} that could be shared", key="share_with",
+                          remedy="check its name, or remove the key")  # fmt: skip
 
 
 def connect() -> None:

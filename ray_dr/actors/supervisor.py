@@ -255,6 +255,8 @@ class Host:
     def _doubt(self, depot: Depot) -> None:
         if depot.doubtful:
             self.note("log.damaged", entries=list(depot.doubtful), store=depot.store.url)
+        if depot.alone:
+            self.note("store.shares_nothing", why=depot.alone, store=depot.store.url)
 
     def _open(self) -> None:
         spec = codec.to_json(self.job)

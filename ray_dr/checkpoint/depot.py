@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import time
 
+from ray_dr.errors import NoCheckpoint
 from ray_dr.model.checkpoint import Manifest, PartRef, VersionId
 from ray_dr.model.job import StoreTier
 from ray_dr.repository import prune
 from ray_dr.repository.commit import CommitLog
+from ray_dr.repository.sharing import take_base
+from ray_dr.stores.base import Store
 from ray_dr.stores.open import open_store, proven
 
 
 class Depot:
     """Opening one takes the job there: every writer of a lower term is fenced from then on. Raises StoreError.
 
+    `alone` says why it shares nothing with the job it was to share with; empty otherwise.
     `stored` are the checkpoints that exist, oldest first, as far as this supervisor knows: a recovery must not wait for
     the store.
     """
@@ -23,6 +27,7 @@ class Depot:
         self.store = proven(open_store(tier.url))
         self.log = CommitLog(self.store, job)
         self.term = self.log.take_term(owner, time.time())
+        self.alone = _share(self.store, self.log, job, tier.share_with) if tier.share_with else ""
         self.log.mark()
         seen = self.log.refresh()
         self.stored, self.doubtful = seen.checkpoints, seen.doubtful
@@ -60,3 +65,11 @@ class Depot:
         return next((manifest.parts for manifest in self.stored if manifest.version == version), ())
 
 
+
+
+def _share(store: Store, log: CommitLog, job: str, other: str) -> str:
+    try:
+        take_base(store, log, job, other)
+    except NoCheckpoint as error:
+        return str(error)
+    return ""

@@ -62,7 +62,8 @@ class Keep:
 
 @dataclass(frozen=True, slots=True)
 class StoreTier:
-    """A store that outlives the nodes. `keep_...` say which committed checkpoints stay."""
+    """A store that outlives the nodes. `keep_...` say which committed checkpoints stay; `share_with` another job of the same
+    store, whose chunks are not put again (`repository.sharing`)."""
 
     url: str
     every: Every = Every(seconds=30.0)
@@ -71,6 +72,7 @@ class StoreTier:
     keep_daily: int = 0
     keep_weekly: int = 0
     keep_within_s: float = 0.0
+    share_with: str = ""
 
     @property
     def keep(self) -> Keep:

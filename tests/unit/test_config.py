@@ -18,7 +18,7 @@ checkpoint:
   tiers:
     - {kind: memory, copies: 2, every: 10 steps}
     - {kind: disk, path: /mnt/nvme, every: 20s, keep: {last: 4}}
-    - {kind: s3, url: "s3://bucket/prefix?endpoint=http://127.0.0.1:9000", every: 1h, keep: {last: 5}}
+    - {kind: s3, url: "s3://bucket/prefix?endpoint=http://127.0.0.1:9000", every: 1h, keep: {last: 5}, share_with: base}
     - {kind: s3, url: "s3://elsewhere/prefix", keep: {daily: 2}}
 recovery: {unwind: 500 ms, start: 2m, settle: 0s, silent: 3s, attempts_without_progress: 7}
 deterministic: true
@@ -195,6 +195,10 @@ BAD = [
         "5: checkpoint.tiers[1].url: s3://a/b is the first store once more (write another bucket or directory)",
     ),
     (
+        "job: x\ncheckpoint:\n  tiers:\n    - {kind: s3, url: s3://a/b, share_with: x}",
+        "1: job: x can't share with itself (write the job it was tuned from as share_with)",
+    ),
+    (
         "job: x\ncheckpoint:\n  tiers:\n    - {kind: s3}",
         "4: checkpoint.tiers[0].kind: a store tier needs to know where (add url: s3://bucket/prefix or path: /a/dir)",
     ),
@@ -296,7 +300,9 @@ BAD = [
 def test_reads_every_key_into_base_units() -> None:
     assert config.parse(WHOLE) == Job(
         name="nightly",
-        store=StoreTier("s3://bucket/prefix?endpoint=http://127.0.0.1:9000", Every(seconds=3600.0), keep_last=5),
+        store=StoreTier(
+            "s3://bucket/prefix?endpoint=http://127.0.0.1:9000", Every(seconds=3600.0), keep_last=5, share_with="base"
+        ),
         workers=Workers(2, 4, 1, per_node=2, cpus_per_worker=0.5, gpus_per_worker=0.0),
         memory=MemoryTier(Every(steps=10), copies=2),
         recovery=Recovery(0.5, 120.0, 0.0, 7, 3.0),
