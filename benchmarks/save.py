@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,16 @@ import numpy as np
 import torch
 
 from benchmarks.figures import environment, median, p95, say, table
+from benchmarks.stores import BUCKET, s3_endpoint
 from ray_dr.actors.node_agent import Agent
+from ray_dr.checkpoint.lane import PUTS
 from ray_dr.checkpoint.memory import Pool, copy_many
 from ray_dr.model import codec
 from ray_dr.model.attempt import Assignment, Cadence
 from ray_dr.model.checkpoint import Manifest, PartRef, VersionId
 from ray_dr.model.journal import Where
 from ray_dr.repository.commit import CommitLog
+from ray_dr.repository.layout import chunks_prefix
 from ray_dr.stores.open import open_store
 from ray_dr.stores.wire import connect
 from ray_dr.train.context import Context, Control
@@ -51,6 +54,8 @@ BYTES_PER_PRODUCT = 40 * 2**20
 """What stands for forward and backward is one product of two WIDTH x WIDTH matrices per so many bytes of state: as long as
 the model of `overhead`, with Adam's moments, takes for its own."""
 WAIT_S = 300.0
+ALONE = 3
+"""Saves at the end, while nothing trains."""
 RAW_BYTES = 8 * 2**20
 KEY = "5a" * 32
 
@@ -97,10 +102,9 @@ class Disk:
 class Ours:
     """Staged into the slots of a node agent, a process of its own, which hashes and writes; then the commit."""
 
-    def __init__(self, disk: Disk, objects: Mapping[str, Any], *, encrypted: bool = False) -> None:
+    def __init__(self, disk: Disk, objects: Mapping[str, Any], *, encrypted: bool = False, url: str = "") -> None:
         os.environ["SAVE_KEY"] = KEY
-        self._disk = disk
-        self._url = f"file://{disk.fresh()}{'?key=env:SAVE_KEY' if encrypted else ''}"
+        self._url = url or f"file://{disk.fresh()}{'?key=env:SAVE_KEY' if encrypted else ''}"
         context = multiprocessing.get_context("spawn")
         self._pipe, there = context.Pipe()
         self._process = context.Process(target=_serve_agent, args=(self._url, there), daemon=True)
@@ -123,8 +127,9 @@ class Ours:
     def prepare(self) -> None:
         """Remove the older checkpoint's chunks, as retention does."""
         self._state.step += 1
-        for folder in (self._disk.folder / "jobs/save/chunks").glob("*"):
-            shutil.rmtree(folder)
+        store = open_store(self._url)
+        for entry in list(store.list(chunks_prefix("save"))):
+            store.delete(entry.key)
 
     def save(self) -> None:
         self._ctx._save(self._state, frozenset({Where.STORE}), wait_s=0.0)
@@ -162,6 +167,31 @@ def _serve_agent(url: str, pipe: Any) -> None:
         agent.vault.completed(VersionId(1, step))
     pipe.send(_cpu_s() - started_s)
     agent.close()
+
+
+class OursInS3(Ours):
+    """The same to a small S3 server, a process of its own on the same cores, that keeps objects in memory."""
+
+    def __init__(self, disk: Disk, objects: Mapping[str, Any]) -> None:
+        self._server = ExitStack()
+        endpoint = self._server.enter_context(s3_endpoint("small", disk.folder))
+        super().__init__(disk, objects, url=f"s3://{BUCKET}/save?endpoint={endpoint}&region=us-east-1")
+
+    def raw_put_s(self, size: int) -> float:
+        """Seconds for the same bytes by the same client with as many threads, and nothing else."""
+        store, pool = open_store(self._url), Pool.create(size)
+        times = []
+        with ThreadPoolExecutor(PUTS) as threads:
+            for _ in range(3):
+                begun = time.perf_counter()
+                list(threads.map(lambda at: store.put(f"raw/{at}", pool.view[at : at + RAW_BYTES]), range(0, size, RAW_BYTES)))
+                times.append(time.perf_counter() - begun)
+        return median(times)
+
+    def close(self) -> float:
+        cpu_s = super().close()
+        self._server.close()
+        return cpu_s
 
 
 class TorchSave:
@@ -260,9 +290,11 @@ class CachedStager:
         """Nothing to give back."""
 
 
+IN_S3 = "ray_dr, in S3"
 WAYS: dict[str, Callable[[Disk, Model], Any]] = {
     "ray_dr": lambda disk, model: Ours(disk, model.objects),
     "ray_dr, encrypted": lambda disk, model: Ours(disk, model.objects, encrypted=True),
+    IN_S3: lambda disk, model: OursInS3(disk, model.objects),
     "torch.save": TorchSave,
     "DCP save": Dcp,
     "DCP async_save": lambda disk, model: DcpAsync(disk, model, CachedStager),
@@ -301,8 +333,23 @@ def _measure(name: str, folder: str, size: int, saves: int, pipe: Any) -> None:
         for _ in range(saves):
             found.append(_one_save(way, trainer))
         peak = before - lowest()
-    cpu_s = way.close() + _cpu_s() - cpu - sum(each["trained_s"] for each in found)
-    pipe.send({"saves": found, "peak_bytes": peak, "cpu_s": max(0.0, cpu_s) / saves})
+    cpu_spent_s = _cpu_s() - cpu
+    alone = [_save_alone(way, trainer) for _ in range(ALONE)]
+    raw_put_s = way.raw_put_s(size) if isinstance(way, OursInS3) else 0.0
+    cpu_s = way.close() * saves / (saves + ALONE) + cpu_spent_s - sum(each["trained_s"] for each in found)
+    pipe.send({"saves": found, "peak_bytes": peak, "cpu_s": max(0.0, cpu_s) / saves, "alone_s": median(alone),
+               "raw_put_s": raw_put_s})  # fmt: skip
+
+
+def _save_alone(way: Any, trainer: Trainer) -> float:
+    """Seconds until a save is durable while nothing trains."""
+    trainer.step()
+    way.prepare()
+    begun = time.perf_counter()
+    way.save()
+    way.fence()
+    way.wait()
+    return time.perf_counter() - begun
 
 
 def _one_save(way: Any, trainer: Trainer) -> dict[str, float]:
@@ -413,7 +460,7 @@ def sum_up(told: list[dict[str, Any]]) -> dict[str, float]:
     found = {key: median([save[key] for save in later]) for key in ("stall_s", "durable_s", "lost_s")}
     found["stall_p95_s"] = p95([save["stall_s"] for save in later])
     found["first_stall_s"] = median([each["saves"][0]["stall_s"] for each in told])
-    return {**found, **{key: median([each[key] for each in told]) for key in ("peak_bytes", "cpu_s")}}
+    return {**found, **{key: median([each[key] for each in told]) for key in ("peak_bytes", "cpu_s", "alone_s", "raw_put_s")}}
 
 
 def main() -> None:
@@ -428,21 +475,24 @@ def main() -> None:
     size, rounds = (asked.megabytes or (256 if asked.quick else 1024)) * 2**20, asked.rounds or (1 if asked.quick else 2)
     told, floor = measure(size, rounds, 4 if asked.quick else 6)
     found = {name: sum_up(each) for name, each in told.items()}
-    head = ["way", "stall s (median / p95)", "to memcpy", "first stall s", "durable s", "raw / durable", "lost s", "CPU s",
-            "peak / state"]  # fmt: skip
+    head = ["way", "stall s (median / p95)", "to memcpy", "first stall s", "durable s", "durable s, alone", "raw / alone", "lost s",
+            "CPU s", "peak / state"]  # fmt: skip
     rows = [
         [name, f"{f['stall_s']:.3f} / {f['stall_p95_s']:.3f}", f"{f['stall_s'] / floor['memcpy_s']:.2f}",
-         f"{f['first_stall_s']:.3f}", f"{f['durable_s']:.2f}", f"{floor['raw_put_s'] / f['durable_s']:.2f}",
-         f"{f['lost_s']:.2f}", f"{f['cpu_s']:.2f}", f"{f['peak_bytes'] / size:.2f}"]
+         f"{f['first_stall_s']:.3f}", f"{f['durable_s']:.2f}", f"{f['alone_s']:.2f}",
+         f"{(f['raw_put_s'] or floor['raw_put_s']) / f['alone_s']:.2f}", f"{f['lost_s']:.2f}", f"{f['cpu_s']:.2f}", f"{f['peak_bytes'] / size:.2f}"]
         for name, f in found.items()
     ]  # fmt: skip
     print(table(head, rows))
-    print(f"floors: memcpy {floor['memcpy_s']:.3f} s, raw write and fsync {floor['raw_put_s']:.2f} s, of {size / 2**20:.0f} MB")
+    print(f"floors: memcpy {floor['memcpy_s']:.3f} s, raw write and fsync {floor['raw_put_s']:.2f} s, "
+          f"raw put in S3 {found[IN_S3]['raw_put_s']:.2f} s, of {size / 2**20:.0f} MB")  # fmt: skip
     if asked.json:
         ours, peers = found["ray_dr"], [found[name] for name in found if name.startswith("DCP async")]
         print(json.dumps({
             "stall_s": ours["stall_s"], "first_stall_s": ours["first_stall_s"], "durable_s": ours["durable_s"],
-            "lost_s": ours["lost_s"], **floor, "dcp_async_stall_s": min(peer["stall_s"] for peer in peers),
+            "lost_s": ours["lost_s"], "alone_s": ours["alone_s"], **floor,
+            "s3_alone_s": found[IN_S3]["alone_s"], "s3_raw_put_s": found[IN_S3]["raw_put_s"],
+            "dcp_async_stall_s": min(peer["stall_s"] for peer in peers),
             "dcp_async_lost_s": min(peer["lost_s"] for peer in peers), "ways": found, "environment": seen,
         }))  # fmt: skip
 
