@@ -60,6 +60,8 @@ def command(job: str, store: str | None, as_json: bool, rules: str | None, grace
         print_json(_as_json(found, plan, pending, done))
         return
     _tell(plan, pending, done, time.time())
+    for hold in log.refresh().holds:
+        click.echo(f"the objects of step {hold.manifest.version.step} stay: job {hold.holder} shares them")
 
 
 def _rules(job: str, rules: str | None) -> Keep:

@@ -14,8 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 
 import ray_dr
+from ray_dr.cli.main import main
 from ray_dr.errors import ConfigError, Fenced, NoCheckpoint, NotFound, StoreError
 from ray_dr.model.checkpoint import Chunk, Manifest, Part, VersionId
 from ray_dr.model.job import Keep
@@ -282,6 +284,8 @@ def test_a_fine_tune_is_saved_restored_and_rescued(key: str, tmp_path: Path, mon
     ray_dr.save({"model": {"frozen": torch.rand(1000, 200)}}, url, job=A)
     store = open_store(url)
     prune.execute(store, CommitLog(store, A), A, keep=Keep(1), term=None, whole=True)
+    told = CliRunner().invoke(main, ["prune", A, "--store", url, "--keep", "last=1"]).output
+    assert "the objects of step 0 stay: job tuned shares them" in told
     found = {"model": {name: torch.zeros_like(tensor) for name, tensor in tuned.items()}}
     ray_dr.load(found, url, job=B)
     assert all(torch.equal(found["model"][name], tensor) for name, tensor in tuned.items())
