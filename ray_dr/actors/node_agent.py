@@ -27,6 +27,7 @@ from ray_dr.checkpoint.described import describe, parse
 from ray_dr.checkpoint.local_disk import LocalDisk
 from ray_dr.checkpoint.reader import StoreSource
 from ray_dr.checkpoint.vault import Holding, Vault
+from ray_dr.checkpoint.verified import Verified
 from ray_dr.checkpoint.writer import Places, Task, Writer
 from ray_dr.errors import ConfigError, CorruptChunk, NotFound, StoreError
 from ray_dr.model import codec
@@ -110,6 +111,7 @@ class Agent:
         self.node = node
         self.outbox = Outbox()
         self.vault = Vault(node, self._give_back)
+        self.verified = Verified(self.vault)
         store = open_store(store_url)
         places: dict[Where, Callable[[], Store]] = {Where.STORE: lambda: store}
         if second_url:
@@ -128,6 +130,7 @@ class Agent:
         """End the server and give the memory back."""
         self._closing = True
         self._server.close()
+        self.verified.stop()
         self.writer.close()
         self.vault.close()
 
@@ -231,7 +234,7 @@ class Agent:
                 assert holding.part is not None, "only sealed parts are read"
                 connection.send({"part": describe(holding.part)})
             elif header["op"] == "place":
-                connection.send(_place(holding))
+                connection.send({**_place(holding), "good": list(self.verified.good(holding).items())})
             elif header["op"] == "read":
                 size = min(header["size"], READ_MAX_BYTES)
                 connection.send({"size": size}, holding.view[header["start"] : header["start"] + size])
@@ -242,7 +245,7 @@ class Agent:
         if header["op"] == "part":
             connection.send({"part": describe(part)})
         elif header["op"] == "place":
-            connection.send({"path": "", "offset": 0})
+            connection.send({"path": "", "offset": 0, "good": []})
         elif header["op"] == "read":
             piece = memoryview(bytearray(min(header["size"], READ_MAX_BYTES)))
             try:
@@ -261,9 +264,10 @@ class Agent:
         return (*self.vault.held(), *on_disk)
 
     def begin(self, keep: VersionId | None) -> None:
-        """A new attempt starts from `keep`. What its parts on disk say of the steps before it may never have reached the
-        journal: the supervisor that was told is gone."""
+        """A new attempt starts from version `keep`: all else goes, and what is held of it is looked through ahead. What its
+        parts on disk say of the steps before it may never have reached the journal: the supervisor that was told is gone."""
         self.vault.begin(keep)
+        self.verified.begin(keep)
         try:
             for record in self.disk.records(keep) if self.disk and keep else ():
                 self.outbox.put({"witness": codec.to_json(record)})

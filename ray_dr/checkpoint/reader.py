@@ -1,7 +1,8 @@
 """Reads a state's bytes from the nearest good copy, each chunk checked against its hash.
 
 A chunk that lies in one run of one tensor is read straight into it. Any other goes through a buffer that each thread
-reuses, and from there, once it is known to be good, to its places.
+reuses, and from there, once it is known to be good, to its places. What this node's agent has found good in shared
+memory since the restore was decided (`checkpoint.verified`) is copied from there to its places and not hashed again.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ from ray_dr.stores.base import Store
 
 Kind = Literal["memory", "peer", "disk", "store", "second"]
 
+THREADS: Mapping[Kind, int] = {"memory": 2, "peer": 4, "store": 8}
+"""Reading threads per kind of source."""
+
 
 class Source(Protocol):
     """One place that holds the streams of parts. Thread-safe."""
@@ -44,11 +48,20 @@ class Source(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class MemorySource:
-    """A part's stream in memory of this process."""
+    """A part's stream in memory of this process.
+
+    good    place -> id of the chunks that were hashed there and found good (see `checkpoint.verified`)
+    """
 
     buffer: memoryview
     name: str = "own memory"
     kind: Kind = "memory"
+    good: Mapping[int, str] = field(default_factory=dict)
+
+    def verified(self, chunk: Chunk) -> memoryview | None:
+        """The chunk's bytes, if they were found good."""
+        end = chunk.at + chunk.size
+        return self.buffer[chunk.at : end] if self.good.get(chunk.at) == chunk.id and end <= self.buffer.nbytes else None
 
     def read(self, rank: int, start: int, into: memoryview) -> None:
         """Copy the bytes. Raises OSError when the stream is shorter."""
@@ -93,7 +106,7 @@ def read_state(
     wanted: Mapping[Box, memoryview],
     sources: Mapping[int, Sequence[Source]],
     *,
-    threads: int = 2,
+    threads: int | None = None,
     on_corrupt: Callable[[CorruptChunk], None],
     on_unreadable: Callable[[Source, Exception], None] | None = None,
 ) -> dict[str, int]:
@@ -101,6 +114,7 @@ def read_state(
 
     wanted         dense row-major bytes of each box, contiguous and writable
     sources        per rank of part, nearest first; a chunk is taken from the first that gives it unharmed
+    threads        None: as many as the kinds of the nearest sources are worth
     on_corrupt     told of each bad copy; on_unreadable of each copy that could not be read; from a reading thread
     Raises CheckpointError when a chunk has no good copy left: then some buffers are already overwritten. Also when the
     parts do not cover the wanted boxes: then nothing was read.
@@ -113,10 +127,16 @@ def read_state(
     jobs = deque(_Job(part.rank, chunk, pieces) for part in parts for chunk, pieces in reads_by_chunk(part, reads))
     fetch = _Fetch(buffers, sources, on_corrupt, on_unreadable or _ignore)
     total: Counter[str] = Counter()
-    with ThreadPoolExecutor(max(1, min(threads, len(jobs)))) as pool:
-        for counted in [pool.submit(fetch.all, jobs) for _ in range(max(1, min(threads, len(jobs))))]:
+    count = max(1, min(threads or _worth(sources), len(jobs)))
+    with ThreadPoolExecutor(count) as pool:
+        for counted in [pool.submit(fetch.all, jobs) for _ in range(count)]:
             total.update(counted.result())
     return dict(total)
+
+
+def _worth(sources: Mapping[int, Sequence[Source]]) -> int:
+    """Threads to read with: what waits for others is worth more than what moves in memory."""
+    return max((THREADS[found[0].kind] for found in sources.values() if found), default=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +165,9 @@ class _Fetch:
         scratch = memoryview(b"")
         try:
             while (job := _next(jobs)) is not None:
+                if self._verified(job):
+                    counted["memory"] += job.chunk.size
+                    continue
                 direct = self._direct(job)
                 if direct is None and len(scratch) < job.chunk.size:
                     scratch = memoryview(bytearray(job.chunk.size))
@@ -156,6 +179,15 @@ class _Fetch:
             jobs.clear()
             raise
         return counted
+
+    def _verified(self, job: _Job) -> bool:
+        """Copy the chunk from the nearest source to its places, if it lies in memory there and is known to be good."""
+        nearest = next(iter(self.sources.get(job.rank, ())), None)
+        data = nearest.verified(job.chunk) if isinstance(nearest, MemorySource) else None
+        if data is None:
+            return False
+        self._scatter(job, data)
+        return True
 
     def _direct(self, job: _Job) -> memoryview | None:
         """The place of the whole chunk in one buffer, if there is one."""

@@ -14,6 +14,18 @@ from ray_dr.stores.wire import Connection, Header, connect
 ANSWER_S = 30.0
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a part's stream lies: `offset` bytes into the shared memory at `path`.
+
+    good    place in the stream -> id of the chunks that the agent found good since it was told what is to be restored
+    """
+
+    path: str
+    offset: int
+    good: dict[int, str]
+
+
 class PeerReader:
     """Reads from one agent. Thread-safe: each concurrent request has a connection of its own, kept for the next."""
 
@@ -27,10 +39,12 @@ class PeerReader:
         header, _ = self._ask({"op": "part", "version": codec.to_json(version), "rank": rank}, None)
         return dict(header["part"])
 
-    def place(self, version: VersionId, rank: int) -> tuple[str, int] | None:
-        """(path, offset) to map, for a process on the agent's own node; None when it lies in no shared memory."""
+    def place(self, version: VersionId, rank: int) -> Place | None:
+        """What to map, for a process on the agent's own node; None when it lies in no shared memory."""
         header, _ = self._ask({"op": "place", "version": codec.to_json(version), "rank": rank}, None)
-        return (str(header["path"]), int(header["offset"])) if header["path"] else None
+        if not header["path"]:
+            return None
+        return Place(str(header["path"]), int(header["offset"]), {int(at): str(id) for at, id in header["good"]})
 
     def source(self, version: VersionId, rank: int) -> PeerSource:
         """A source of this part's bytes."""

@@ -13,7 +13,7 @@ from ray_dr.checkpoint.described import parse
 from ray_dr.checkpoint.local_disk import LocalDisk
 from ray_dr.checkpoint.memory import attach
 from ray_dr.checkpoint.reader import Kind, MemorySource, Source, StoreSource, read_state
-from ray_dr.checkpoint.restore_plan import build_index
+from ray_dr.checkpoint.restore_plan import build_index, plan_restore
 from ray_dr.errors import CheckpointError, CorruptChunk, NoCheckpoint, StoreError
 from ray_dr.model.attempt import Assignment, Origin
 from ray_dr.model.checkpoint import Box, Part, PartRef
@@ -24,8 +24,6 @@ from ray_dr.stores.open import open_store
 from ray_dr.stores.peer import PeerReader
 from ray_dr.train.link import Link
 from ray_dr.train.state import Local, Target, bytes_of
-
-READ_THREADS = 2
 
 
 def restore(a: Assignment, objects: Mapping[str, Any], token: bytes, store: Store, link: Link) -> Restored:
@@ -38,10 +36,9 @@ def restore(a: Assignment, objects: Mapping[str, Any], token: bytes, store: Stor
         scalars = next((part.scalars for part in parts if part.rank == 0), {})
         target = Target(objects, build_index(parts), scalars, rank=a.rank, world=a.world)
         buffers, late = _buffers(target)
-        sources = {part.rank: readers.sources(part, store) for part in parts}
-        counted = read_state(
-            parts, buffers, sources, threads=READ_THREADS, on_corrupt=lambda error: _note(link, a, error)
-        )
+        needed = {read.rank for read in plan_restore(parts, buffers)}
+        sources = {part.rank: readers.sources(part, store) for part in parts if part.rank in needed}
+        counted = read_state(parts, buffers, sources, on_corrupt=lambda error: _note(link, a, error))
         fetched = time.monotonic()
         for tensor, staged in late:
             tensor.copy_(staged)
@@ -121,8 +118,8 @@ class _Readers:
     def _held(self, address: str, part: Part) -> Source:
         reader, own = self._reader(address), address == self._a.agent
         if own and (place := reader.place(part.version, part.rank)) is not None:
-            path, offset = place
-            return MemorySource(attach(path, offset + part.size)[offset:])
+            whole = attach(place.path, place.offset + part.size)
+            return MemorySource(whole[place.offset :], good=place.good)
         in_memory = address in self._origin.holders.get(str(part.rank), ())
         if own and not in_memory and self._a.disk:
             return StoreSource(self._disk.store, self._disk.job, self._disk.part(part.version, part.rank), "disk")

@@ -37,7 +37,6 @@ from ray_dr.train.staging import Planner, stage
 from ray_dr.train.state import Target, bytes_of, flatten
 from ray_dr.train.tree import Tree, alike, differences, overlaps, settle, wrap
 
-READ_THREADS = 4
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
@@ -347,7 +346,7 @@ def _fetch(
             target.shared[local.leaf.name] = tensor
         buffers[box] = bytes_of(tensor)
     sources = {part.rank: (StoreSource(store, request.job, part),) for part in parts}
-    read_state(parts, buffers, sources, threads=READ_THREADS, on_corrupt=_note)
+    read_state(parts, buffers, sources, on_corrupt=_note)
     for tensor, staged in late[True]:
         tensor.copy_(staged)
     return _Fetched(target, late[False], _snapshot(wrapped))
