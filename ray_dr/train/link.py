@@ -29,6 +29,7 @@ class Link:
         self._connection = connect(agent, token)
         self._changed = threading.Condition()
         self._slots: list[memoryview] = []
+        self._whole = memoryview(b"")
         self._free: set[int] = set()
         self._path = ""
         self._asked = self._answered = False
@@ -67,6 +68,11 @@ class Link:
             index = min(self._free)
             self._free.discard(index)
             return index, self._slots[index]
+
+    def mapped(self, path: str, size: int) -> memoryview | None:
+        """The first `size` bytes of the pool at `path`, if this process has mapped it to stage into."""
+        with self._changed:
+            return self._whole[:size] if path == self._path and size <= len(self._whole) else None
 
     def give_back(self, slot: int) -> None:
         """A slot that was taken and comes to nothing."""
@@ -132,5 +138,6 @@ class Link:
         size, count = header["size"], header["slots"]
         whole = attach(header["path"], size * count)
         self._path = header["path"]
+        self._whole = whole
         self._slots = [whole[i * size : (i + 1) * size] for i in range(count)]
         pin(whole)

@@ -30,7 +30,7 @@ def restore(a: Assignment, objects: Mapping[str, Any], token: bytes, store: Stor
     """Load the attempt's version into the objects. Raises IncompatibleState before anything is overwritten."""
     assert a.origin is not None
     begun = time.monotonic()
-    readers = _Readers(a, token)
+    readers = _Readers(a, token, link)
     try:
         parts = [readers.part(rank, store) for rank in range(a.origin.world)]
         scalars = next((part.scalars for part in parts if part.rank == 0), {})
@@ -54,8 +54,8 @@ def restore(a: Assignment, objects: Mapping[str, Any], token: bytes, store: Stor
 class _Readers:
     """Connections to the agents that hold parts, opened once each; and this node's own memory, mapped."""
 
-    def __init__(self, a: Assignment, token: bytes) -> None:
-        self._a, self._token = a, token
+    def __init__(self, a: Assignment, token: bytes, link: Link) -> None:
+        self._a, self._token, self._link = a, token, link
         self._origin: Origin = a.origin  # type: ignore[assignment]
         self._open: dict[str, PeerReader] = {}
 
@@ -118,8 +118,11 @@ class _Readers:
     def _held(self, address: str, part: Part) -> Source:
         reader, own = self._reader(address), address == self._a.agent
         if own and (place := reader.place(part.version, part.rank)) is not None:
-            whole = attach(place.path, place.offset + part.size)
-            return MemorySource(whole[place.offset :], good=place.good)
+            end = place.offset + part.size
+            whole = self._link.mapped(place.path, end)
+            if whole is None:
+                whole = attach(place.path, end, populate=False)
+            return MemorySource(whole[place.offset : end], good=place.good)
         in_memory = address in self._origin.holders.get(str(part.rank), ())
         if own and not in_memory and self._a.disk:
             return StoreSource(self._disk.store, self._disk.job, self._disk.part(part.version, part.rank), "disk")
