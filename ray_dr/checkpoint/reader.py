@@ -1,7 +1,8 @@
 """Reads a state's bytes from the nearest good copy, each chunk checked against its hash.
 
-A chunk that lies in one run of one tensor is read straight into it. Any other goes through a buffer that each thread
-reuses, and from there, once it is known to be good, to its places. What this node's agent has found good in shared
+A chunk that lies in one run of one tensor is read straight into it, and so is one that lies in a few tensors, one behind
+the other, where its source can fill several places at once. Any other goes through a buffer that each thread reuses,
+and from there, once it is known to be good, to its places. What this node's agent has found good in shared
 memory since the restore was decided (`checkpoint.verified`) is copied from there to its places and not hashed again.
 """
 
@@ -14,7 +15,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 from blake3 import blake3
@@ -30,6 +31,8 @@ Kind = Literal["memory", "peer", "disk", "store", "second"]
 
 THREADS: Mapping[Kind, int] = {"memory": 2, "peer": 4, "store": 8}
 """Reading threads per kind of source."""
+GAP_BYTES = 4096
+"""Bytes between two places that are read for nothing, rather than all of the chunk being copied once more."""
 
 
 class Source(Protocol):
@@ -44,6 +47,14 @@ class Source(Protocol):
 
     def read(self, rank: int, start: int, into: memoryview) -> None:
         """Fill `into` from `start` of rank's stream. Raises StoreError, OSError or CorruptChunk."""
+
+
+@runtime_checkable
+class Scattering(Source, Protocol):
+    """A source that fills several places with one run of bytes."""
+
+    def read_each(self, rank: int, start: int, into: Sequence[memoryview]) -> None:
+        """Fill all of `into`, one after the other, from `start` of rank's stream. Raises as `read` does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +79,12 @@ class MemorySource:
         if start + into.nbytes > self.buffer.nbytes:
             raise OSError(f"{self.name} holds {self.buffer.nbytes} bytes, wanted {into.nbytes} from {start}")
         copy_into(into, self.buffer[start : start + into.nbytes])
+
+    def read_each(self, rank: int, start: int, into: Sequence[memoryview]) -> None:
+        """As `read`, into several places."""
+        for view in into:
+            self.read(rank, start, view)
+            start += view.nbytes
 
 
 @dataclass(frozen=True)
@@ -162,19 +179,11 @@ class _Fetch:
     def all(self, jobs: deque[_Job]) -> Counter[str]:
         """Take jobs until none is left; an error ends them for every thread."""
         counted: Counter[str] = Counter()
-        scratch = memoryview(b"")
+        room = _Room()
         try:
             while (job := _next(jobs)) is not None:
-                if self._verified(job):
-                    counted["memory"] += job.chunk.size
-                    continue
-                direct = self._direct(job)
-                if direct is None and len(scratch) < job.chunk.size:
-                    scratch = memoryview(bytearray(job.chunk.size))
-                into = scratch[: job.chunk.size] if direct is None else direct
-                counted[self._read(job, into)] += job.chunk.size
-                if direct is None:
-                    self._scatter(job, into)
+                kind: Kind = "memory" if self._verified(job) else self._read(job, room)
+                counted[kind] += job.chunk.size
         except BaseException:
             jobs.clear()
             raise
@@ -189,22 +198,13 @@ class _Fetch:
         self._scatter(job, data)
         return True
 
-    def _direct(self, job: _Job) -> memoryview | None:
-        """The place of the whole chunk in one buffer, if there is one."""
-        if len(job.reads) != 1 or job.reads[0].count != 1 or job.reads[0].size != job.chunk.size:
-            return None
-        read = job.reads[0]
-        return self.buffers[read.target][read.into : read.into + read.size]
-
-    def _read(self, job: _Job, into: memoryview) -> Kind:
-        """Fill `into` with a verified copy of the chunk, and say from what kind of source."""
+    def _read(self, job: _Job, room: _Room) -> Kind:
+        """Fill the chunk's places from a verified copy, and say from what kind of source."""
         tried = []
+        places = self._places(job)
         for source in self._nearest(job.rank):
             try:
-                source.read(job.rank, job.chunk.at, into)
-                if blake3(into, max_threads=1).hexdigest() != job.chunk.id:
-                    raise CorruptChunk(job.chunk.id, source=source.name)
-                return source.kind
+                return self._from(source, job, places, room)
             except CorruptChunk as error:
                 tried.append(str(error))
                 with self.lock:
@@ -215,6 +215,35 @@ class _Fetch:
         raise CheckpointError(
             f"chunk {job.chunk.id[:16]} of rank {job.rank}'s part has no good copy ({'; '.join(tried) or 'no source'})"
         )
+
+    def _from(self, source: Source, job: _Job, places: Sequence[memoryview], room: _Room) -> Kind:
+        """Fill the chunk's places from one source. Raises CorruptChunk, and what the source does."""
+        if len(places) > 1 and isinstance(source, Scattering):
+            source.read_each(job.rank, job.chunk.at, places)
+            _check(job, places, source)
+            return source.kind
+        data = places[0] if len(places) == 1 else room.of(job.chunk.size)
+        source.read(job.rank, job.chunk.at, data)
+        _check(job, (data,), source)
+        if len(places) != 1:
+            self._scatter(job, data)
+        return source.kind
+
+    def _places(self, job: _Job) -> Sequence[memoryview]:
+        """Where the chunk's bytes go, one run behind the other; what is between them goes nowhere. Empty when they do not
+        lie like that, or when much of the chunk is not wanted."""
+        found: list[memoryview] = []
+        at, end = job.chunk.at, job.chunk.at + job.chunk.size
+        for read in job.reads:
+            if read.count != 1 or not at <= read.start <= at + GAP_BYTES:
+                return ()
+            if read.start > at:
+                found.append(memoryview(bytearray(read.start - at)))
+            found.append(self.buffers[read.target][read.into : read.into + read.size])
+            at = read.end
+        if end - at > GAP_BYTES:
+            return ()
+        return [*found, memoryview(bytearray(end - at))] if end > at else found
 
     def _nearest(self, rank: int) -> list[Source]:
         """Sources of a part, those that failed before behind the others: waiting for a dead peer once is enough."""
@@ -231,6 +260,28 @@ class _Fetch:
     def _scatter(self, job: _Job, data: memoryview) -> None:
         for read in job.reads:
             copy_runs(read, data, self.buffers[read.target], at=job.chunk.at)
+
+
+class _Room:
+    """A buffer that grows to the largest chunk."""
+
+    def __init__(self) -> None:
+        self._bytes = memoryview(b"")
+
+    def of(self, size: int) -> memoryview:
+        """`size` bytes of it."""
+        if len(self._bytes) < size:
+            self._bytes = memoryview(bytearray(size))
+        return self._bytes[:size]
+
+
+def _check(job: _Job, data: Sequence[memoryview], source: Source) -> None:
+    """Raises CorruptChunk when the bytes are not the chunk's."""
+    digest = blake3(max_threads=1)
+    for piece in data:
+        digest.update(piece)
+    if digest.hexdigest() != job.chunk.id:
+        raise CorruptChunk(job.chunk.id, source=source.name)
 
 
 def copy_runs(read: Read, data: memoryview, into: memoryview, *, at: int = 0) -> None:

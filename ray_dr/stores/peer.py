@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -36,12 +37,12 @@ class PeerReader:
 
     def part(self, version: VersionId, rank: int) -> Header:
         """The description of a part it holds, as `checkpoint.described` reads it. Raises NotFound."""
-        header, _ = self._ask({"op": "part", "version": codec.to_json(version), "rank": rank}, None)
+        header, _ = self._ask({"op": "part", "version": codec.to_json(version), "rank": rank}, ())
         return dict(header["part"])
 
     def place(self, version: VersionId, rank: int) -> Place | None:
         """What to map, for a process on the agent's own node; None when it lies in no shared memory."""
-        header, _ = self._ask({"op": "place", "version": codec.to_json(version), "rank": rank}, None)
+        header, _ = self._ask({"op": "place", "version": codec.to_json(version), "rank": rank}, ())
         if not header["path"]:
             return None
         return Place(str(header["path"]), int(header["offset"]), {int(at): str(id) for at, id in header["good"]})
@@ -50,23 +51,24 @@ class PeerReader:
         """A source of this part's bytes."""
         return PeerSource(self, version, rank)
 
-    def read(self, version: VersionId, rank: int, start: int, into: memoryview) -> None:
-        """Fill `into` from the part's stream at `start`."""
-        header = {"op": "read", "version": codec.to_json(version), "rank": rank, "start": start, "size": len(into)}
+    def read(self, version: VersionId, rank: int, start: int, into: Sequence[memoryview]) -> None:
+        """Fill all of `into`, one after the other, from the part's stream at `start`."""
+        size = sum(len(view) for view in into)
+        header = {"op": "read", "version": codec.to_json(version), "rank": rank, "start": start, "size": size}
         self._ask(header, into)
 
     def close(self) -> None:
         for connection in self._all:
             connection.close()
 
-    def _ask(self, header: Header, into: memoryview | None) -> tuple[Header, int]:
+    def _ask(self, header: Header, into: Sequence[memoryview]) -> tuple[Header, int]:
         connection = self._borrow()
         try:
             answer, size = connection.request(header)
-            if into is not None:
-                if size != len(into):
-                    raise StoreError(f"{self.address} sent {size} bytes where {len(into)} were asked for")
-                connection.read_into(into)
+            if size != header.get("size", 0):
+                raise StoreError(f"{self.address} sent {size} bytes where {header.get('size', 0)} were asked for")
+            for view in into:
+                connection.read_into(view)
         except StoreError as error:
             connection.close()
             if "does not hold" in str(error):
@@ -100,4 +102,8 @@ class PeerSource:
 
     def read(self, rank: int, start: int, into: memoryview) -> None:
         """Fill `into` from the stream at `start`."""
+        self.reader.read(self.version, rank, start, (into,))
+
+    def read_each(self, rank: int, start: int, into: Sequence[memoryview]) -> None:
+        """Fill all of `into`, one after the other, from the stream at `start`."""
         self.reader.read(self.version, rank, start, into)

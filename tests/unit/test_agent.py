@@ -114,7 +114,7 @@ def held(agent: Agent, version: VersionId) -> bytes:
         except NotFound:
             agent.writer.settle(WAIT_S)
     into = bytearray(size)
-    reader.read(version, 0, 0, memoryview(into))
+    reader.read(version, 0, 0, [memoryview(into)])
     reader.close()
     return bytes(into)
 

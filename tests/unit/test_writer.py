@@ -127,7 +127,7 @@ def test_a_save_reaches_memory_the_peer_and_the_store(bench: Bench, peer: Agent)
     assert bench.stored(1) == data
     reader = PeerReader(peer.address, TOKEN)
     into = bytearray(SIZE)
-    reader.read(VersionId(1, 1), 0, 0, memoryview(into))
+    reader.read(VersionId(1, 1), 0, 0, [memoryview(into)])
     assert bytes(into) == data
     assert reader.place(VersionId(1, 1), 0) is None
     with pytest.raises(NotFound):
