@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
 from blake3 import blake3
 
+from ray_dr.checkpoint import reader
 from ray_dr.checkpoint.export import export_safetensors
 from ray_dr.checkpoint.reader import MemorySource, StoreSource, read_state
 from ray_dr.checkpoint.restore_plan import build_index, compare, plan_restore
@@ -150,3 +153,90 @@ def test_a_failed_export_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError):
         export_safetensors(tmp_path / "x", [part], {}, on_corrupt=pytest.fail)
     assert list(tmp_path.iterdir()) == []
+
+
+@dataclass(frozen=True)
+class Scattered(MemorySource):
+    """Memory that tells how many places it was asked to fill at once."""
+
+    places: list[int] = field(default_factory=list)
+
+    def read_each(self, rank: int, start: int, into: Sequence[memoryview]) -> None:
+        self.places.append(len(into))
+        super().read_each(rank, start, into)
+
+
+def test_a_chunk_of_several_tensors_is_read_straight_into_them_and_a_bad_one_is_replaced_in_all() -> None:
+    part, stream = saved()
+    bad = bytearray(stream)
+    bad[70] ^= 1  # in the second of the first chunk's tensors
+    first = Scattered(memoryview(bad))
+    reports: list[CorruptChunk] = []
+    found = buffers(part)
+    sources = {0: [first, MemorySource(memoryview(stream), "peer x", "peer")]}
+    assert read_state([part], found, sources, on_corrupt=reports.append) == {"memory": part.size - 100, "peer": 100}
+    expect_equal(part, stream, found)
+    assert [error.chunk for error in reports] == [part.chunks[0].id]
+    assert max(first.places) > 2, "tensors, and the gaps between them"
+
+
+def test_a_chunk_of_which_little_is_wanted_is_read_into_a_buffer_and_nowhere_else() -> None:
+    size = 3 * reader.GAP_BYTES
+    plan = plan_save([replicated(name, "int8", (size,), rank=0, world=1) for name in "abc"], rank=0, world=1)
+    stream = bytearray(range(256)) * (plan.size // 256)
+    part = Part(VersionId(1, 5), 0, 1, plan.size, plan.shards, (Chunk(blake3(stream).hexdigest(), 0, plan.size),))
+    source = Scattered(memoryview(stream))
+    found = {part.shards[1].box: memoryview(bytearray(size))}
+    assert read_state([part], found, {0: [source]}, on_corrupt=pytest.fail) == {"memory": plan.size}
+    at = part.shards[1].at
+    assert bytes(found[part.shards[1].box]) == bytes(stream[at : at + size])
+    assert source.places == []
+
+
+def test_only_a_chunk_found_good_under_its_very_name_is_copied_unhashed() -> None:
+    part, stream = saved()
+    torn = bytearray(stream)
+    torn[150] ^= 1
+    good = {part.chunks[0].at: part.chunks[0].id, part.chunks[1].at: part.chunks[2].id, 3: part.chunks[3].id}
+    reports: list[CorruptChunk] = []
+    sources = {0: [MemorySource(memoryview(torn), good=good), MemorySource(memoryview(stream), "peer x", "peer")]}
+    found = buffers(part)
+    read_state([part], found, sources, on_corrupt=reports.append)
+    expect_equal(part, stream, found)
+    assert [error.chunk for error in reports] == [part.chunks[1].id]
+
+
+def test_what_was_found_good_but_lies_beyond_the_memory_is_read_from_the_next_copy() -> None:
+    part, stream = saved()
+    good = {chunk.at: chunk.id for chunk in part.chunks}
+    short = MemorySource(memoryview(stream)[:150], good=good)
+    found = buffers(part)
+    counted = read_state([part], found, {0: [short, MemorySource(memoryview(stream), "peer x", "peer")]},
+                         on_corrupt=pytest.fail)  # fmt: skip
+    expect_equal(part, stream, found)
+    assert counted == {"memory": 100, "peer": part.size - 100}
+
+
+@dataclass(frozen=True)
+class Together:
+    """A copy that answers when as many ask as should."""
+
+    buffer: memoryview
+    asked: threading.Barrier
+    kind: str
+    name: str = "slow"
+
+    def read(self, rank: int, start: int, into: memoryview) -> None:
+        if start < self.asked.parties * 100:
+            self.asked.wait(60)
+        into[:] = self.buffer[start : start + len(into)]
+
+
+@pytest.mark.parametrize("kind", ["peer", "store"])
+def test_a_source_that_waits_for_others_is_asked_by_more_threads(kind: str) -> None:
+    part, stream = saved()
+    count = reader.THREADS[kind]
+    assert len(part.chunks) > count > reader.THREADS["memory"]
+    found = buffers(part)
+    read_state([part], found, {0: [Together(memoryview(stream), threading.Barrier(count), kind)]}, on_corrupt=pytest.fail)
+    expect_equal(part, stream, found)
