@@ -33,26 +33,33 @@ from benchmarks.stores import BUCKET, s3_endpoint
 from ray_dr.actors.node_agent import Agent
 from ray_dr.checkpoint.direct import find_version
 from ray_dr.checkpoint.memory import Pool, copy_many
+from ray_dr.errors import NotFound
 from ray_dr.model.attempt import Assignment, Cadence, Origin
-from ray_dr.model.checkpoint import CHUNK_BYTES, VersionId
+from ray_dr.model.checkpoint import CHUNK_BYTES, Part, VersionId
 from ray_dr.stores.open import open_store
 from ray_dr.stores.peer import PeerReader
 from ray_dr.stores.s3 import Bucket, S3Store
 from ray_dr.train.link import Link
 from ray_dr.train.restore import restore
+from ray_dr.train.staging import Planner, stage
 from ray_dr.train.standalone import save
-from ray_dr.train.state import bytes_of
+from ray_dr.train.state import bytes_of, flatten
 
 STREAMS = (1, 2, 4)
 """Sockets of the raw TCP floor; the fastest counts."""
 GETS = (2, 4, 8)
 """Threads of the raw ranged get; the fastest counts."""
+WORLDS_BYTES = 512 * 2**20
+"""The most that is read on other world sizes."""
 MEMORY, AT_ONCE, UNVERIFIED = "ray_dr, own memory", "ray_dr, own memory, asked at once", "ray_dr, own memory, all hashed then"
+ANEW = "ray_dr, own memory, a new process"
 PEER, DISK, S3 = "ray_dr, peer", "ray_dr, disk", "ray_dr, S3"
 TORCH, SAFETENSORS, DCP, DCP_S3 = "torch.load", "safetensors", "DCP, disk", "DCP, S3"
 MEMCPY, TCP, RAW_GET = "memcpy", "loopback TCP", "raw ranged get"
-FLOORS = {MEMORY: MEMCPY, AT_ONCE: MEMCPY, UNVERIFIED: MEMCPY, PEER: TCP, DISK: MEMCPY, S3: RAW_GET, DCP_S3: RAW_GET,
-          TORCH: MEMCPY, SAFETENSORS: MEMCPY, DCP: MEMCPY}  # fmt: skip
+FLOORS = {
+    **dict.fromkeys((MEMORY, ANEW, AT_ONCE, UNVERIFIED, DISK, TORCH, SAFETENSORS, DCP), MEMCPY),
+    PEER: TCP, S3: RAW_GET, DCP_S3: RAW_GET,
+}  # fmt: skip
 
 
 class Model(torch.nn.Module):
@@ -83,6 +90,7 @@ class Agents:
         self._process.start()
         self.address = self._pipe.recv()
         self.link = Link(self.address, TOKEN, "w0", os.getpid())
+        self.other = Link(self.address, TOKEN, "w1", os.getpid())  # that of a worker that has mapped nothing yet
         self.version = _stage(self.link, model)
         _until_sealed(self.address, self.version)
 
@@ -99,10 +107,6 @@ class Agents:
 
 def _stage(link: Link, model: Model) -> VersionId:
     """What a worker does for a save to memory."""
-    from ray_dr.model.checkpoint import Part
-    from ray_dr.train.staging import Planner, stage
-    from ray_dr.train.state import flatten
-
     flat = flatten({"model": model}, rank=0, world=1)
     plan = Planner(0, 1).plan(flat)
     link.open_pool(plan.size)
@@ -121,7 +125,7 @@ def _until_sealed(address: str, version: VersionId) -> None:
         try:
             reader.part(version, 0)
             break
-        except Exception:
+        except NotFound:
             time.sleep(0.05)
     reader.close()
 
@@ -135,11 +139,8 @@ def _serve_agent(url: str, pipe: Any) -> None:
         if what == "none":
             agent.verified.stop()
         if what == "ahead":
-            holding = agent.vault.read(VersionId(1, 1), 0)
             while any(look.todo or look.under_way for look in agent.verified._looks):
                 time.sleep(0.001)
-            assert holding.part is not None
-            agent.vault.done(holding)
         pipe.send(time.perf_counter() - begun)
     agent.close()
 
@@ -220,16 +221,20 @@ def contestants(endpoint: str, folder: Path, model: Model) -> Iterator[tuple[dic
         stack.callback(raw.close)
         ahead: list[float] = []
 
-        def begin(what: str) -> Callable[[], None]:
-            return lambda: ahead.append(agents.ask(what)) if what == "ahead" else agents.ask(what) and None
+        def begin(what: str) -> Callable[[], object]:
+            return lambda: agents.ask(what)
 
-        def ours(agent: str, origin: Origin, url: str = f"file://{folder}/agent") -> Callable[[], object]:
-            store = open_store(url)
-            return lambda: restore(assignment(agent, origin), {"model": model}, TOKEN, store, agents.link)
+        def begin_ahead() -> None:
+            ahead.append(agents.ask("ahead"))
+
+        def ours(agent: str, origin: Origin, url: str = "", link: Link = agents.link) -> Callable[[], object]:
+            store = open_store(url or f"file://{folder}/agent")
+            return lambda: restore(assignment(agent, origin), {"model": model}, TOKEN, store, link)
 
         held = Origin(agents.version, 1, {"0": (agents.address,)})
         ways = {
-            MEMORY: Way(ours(agents.address, held), begin("ahead")),
+            MEMORY: Way(ours(agents.address, held), begin_ahead),
+            ANEW: Way(ours(agents.address, held, link=agents.other), begin_ahead),
             AT_ONCE: Way(ours(agents.address, held), begin("at once")),
             UNVERIFIED: Way(ours(agents.address, held), begin("none")),
             PEER: Way(ours("", held), begin("none")),
@@ -344,9 +349,9 @@ def measure(size: int, rounds: int) -> tuple[dict[str, dict[str, list[float]]], 
 def rows(took: dict[str, dict[str, list[float]]], size: int) -> Iterator[tuple[object, ...]]:
     for name, each in took.items():
         if name in (TCP, RAW_GET, DCP_S3):
-            continue  # the fastest of several, which are there themselves
+            continue  # each the fastest of several, which have rows themselves
         wall = median(each["wall_s"])
-        floor = next((floor for way, floor in FLOORS.items() if name == way or name.startswith(DCP_S3) and way == DCP_S3), "")
+        floor = next((floor for way, floor in FLOORS.items() if name == way or (name.startswith(DCP_S3) and way == DCP_S3)), "")
         share = f"{median(took[floor]['wall_s']) / wall:.2f} of {floor}" if floor else ""
         yield (name, f"{wall:.3f} / {p95(each['wall_s']):.3f}", f"{size / wall / 1e9:.2f}",
                f"{median(each['cpu_s']) / size * 1e9:.2f}", share)  # fmt: skip
@@ -365,7 +370,7 @@ def main() -> None:
     took, ahead = measure(size, asked.rounds)
     print(table(["way", "s (median / p95)", "GB/s", "cpu-s/GB", "speed"], list(rows(took, size))))
     print(f"hashed ahead, in the agent: {median(ahead):.3f} s; {size / 2**20:.0f} MB")
-    worlds = world_rows(size, asked.rounds)
+    worlds = world_rows(min(size, WORLDS_BYTES), asked.rounds)
     print(table(["written by", "read by", "from", "s of all ranks (median / p95)", "to the same world"],
                 [world.row for world in worlds]))  # fmt: skip
     manifests = manifest_rows(asked.rounds)
@@ -385,7 +390,8 @@ def result(took: Any, ahead: list[float], worlds: Any, manifests: Any, size: int
         **found, "bytes": size, "memory_ratio": found["memcpy_s"] / found["memory_s"],
         "peer_ratio": found["tcp_s"] / found["peer_s"], "s3_ratio": found["raw_get_s"] / found["s3_s"],
         "dcp_s3_times": found["dcp_s3_s"] / found["s3_s"], "hashed_ahead_s": median(ahead),
-        "other_world_ratio": max(world.ratio for world in worlds),
+        "other_world_ratio": max(world.ratio for world in worlds if world.kind == "memory"),
+        "other_world_store_ratio": max(world.ratio for world in worlds if world.kind == "store"),
         "manifest_100k_s": max(manifest.total_s for manifest in manifests),
         "all": took, "worlds": [world.row for world in worlds], "manifests": [each.row for each in manifests],
         "environment": seen,

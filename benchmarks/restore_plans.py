@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -92,19 +93,18 @@ def write(size: int, world: int) -> Written:
     return Written(parts, streams, store)
 
 
-def read(written: Written, size: int, world: int, kind: str) -> float:
-    """Seconds that all ranks take in all to read what each holds whole or cut, none of it replicated, into memory in place.
+def read(written: Written, size: int, world: int, kind: str, room: memoryview) -> float:
+    """Seconds that all ranks take in all to read what they hold into `room`, which is in place.
 
     Replicated tensors are left to rank 0: with more ranks there would be more to read, which is no matter of cuts.
     """
     took = 0.0
     for rank in range(world):
-        wanted = {
-            box: memoryview(np.zeros(box.size, np.uint8)) for leaf in boxes(size, rank, world) for box in leaf.boxes
-            if rank == 0 or leaf.replica_count == 1
-        }  # fmt: skip
-        for view in wanted.values():
-            np.frombuffer(view, np.uint8).fill(1)
+        wanted, at = {}, 0
+        for leaf in boxes(size, rank, world):
+            if rank == 0 or leaf.replica_count == 1:
+                wanted[leaf.boxes[0]] = room[at : at + leaf.boxes[0].size]
+                at += leaf.boxes[0].size
         begun = time.perf_counter()
         read_state(written.parts, wanted, written.sources(kind), on_corrupt=_refuse)
         took += time.perf_counter() - begun
@@ -114,13 +114,14 @@ def read(written: Written, size: int, world: int, kind: str) -> float:
 def world_rows(size: int, rounds: int) -> list[World]:
     """4 ranks' checkpoint read by 1, 2, 3 and 4; that of 1, 2, 3 read by 4 and by themselves."""
     found = []
+    room = memoryview(np.ones(2 * size, np.uint8))
     for wrote, readers in ((4, (4, 1, 2, 3)), (1, (1, 4)), (2, (2, 4)), (3, (3, 4))):
         written = write(size, wrote)
         for kind in ("memory", "store"):
             turns: dict[int, list[float]] = {world: [] for world in readers}
             for number in range(rounds + 1):
                 for world in readers:
-                    took = read(written, size, world, kind)
+                    took = read(written, size, world, kind, room)
                     if number:
                         turns[world].append(took)
             same = median(turns[wrote])
@@ -157,7 +158,8 @@ def long_parts(lists: int) -> list[Part]:
             items = length if number < shards - 1 else size // 4 - length * (shards - 1)
             box = Box(f"model/layers.{number}.weight", "float32", (items * lists,), (items * rank,), (items,))
             held.append(Shard(box, number * length * 4))
-        chunks = (Chunk(blake3(f"{rank}.{at}".encode()).hexdigest(), at, CHUNK_BYTES, FOLDER) for at in range(0, size, CHUNK_BYTES))
+        names = (blake3(f"{rank}.{number}".encode()).hexdigest() for number in range(each))
+        chunks = (Chunk(name, number * CHUNK_BYTES, CHUNK_BYTES, FOLDER) for number, name in enumerate(names))
         found.append(Part(VERSION, rank, lists, size, tuple(held), tuple(chunks)))
     return found
 
@@ -186,7 +188,7 @@ def _stages(parts: list[Part]) -> tuple[float, ...]:
     jobs = [job for part in found for job in reads_by_chunk(part, reads)]
     mark()
     assert len(jobs) == sum(len(part.chunks) for part in parts)
-    return tuple(after - before for before, after in zip(clock, clock[1:], strict=False))
+    return tuple(after - before for before, after in itertools.pairwise(clock))
 
 
 def _mark(clock: list[float]) -> None:

@@ -11,14 +11,24 @@ from typing import Any
 
 import pytest
 
-from benchmarks import incremental, overhead, program, ray_train_peer, recovery, save, stores
+from benchmarks import (
+    incremental,
+    overhead,
+    program,
+    ray_train_peer,
+    recovery,
+    restore,
+    restore_plans,
+    save,
+    stores,
+)
 from benchmarks.kills import Case, Measured
 from ray_dr.stores.memory import MemoryStore
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("name", ["recovery", "overhead", "save", "incremental", "stores"])
+@pytest.mark.parametrize("name", ["recovery", "overhead", "save", "restore", "incremental", "stores"])
 def test_each_benchmark_says_its_question_when_asked_for_help(name: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", f"benchmarks.{name}", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60
@@ -190,3 +200,37 @@ def test_a_contestant_of_stores_that_gives_other_bytes_is_not_measured() -> None
     liar = {stores.OURS: {"put": stores.nothing, "get": stores.nothing}}
     with pytest.raises(AssertionError, match="other bytes"):
         stores.compete(liar, pieces, 1, 1)
+
+
+def test_the_last_line_of_restore_has_the_promised_keys_and_ratios_to_its_floors() -> None:
+    names = (*restore.FLOORS, restore.MEMCPY, restore.TCP, restore.RAW_GET)
+    took = {name: {"wall_s": [2.0, 4.0, 3.0], "cpu_s": [1.0, 1.0, 1.0]} for name in names}
+    took[restore.MEMCPY]["wall_s"] = [1.5, 1.5, 9.0]
+    worlds = [restore_plans.World(4, 3, kind, [1.0], ratio) for kind, ratio in (("memory", 1.2), ("store", 2.5))]
+    manifests = [restore_plans.Manifests(1, [(0.5, 0.25), (0.5, 0.75)])]
+    found = json.loads(json.dumps(restore.result(took, [0.2], worlds, manifests, 2**30, {})))
+    assert (found["memory_s"], found["memcpy_s"], found["memory_ratio"]) == (3.0, 1.5, 0.5)
+    assert (found["other_world_ratio"], found["other_world_store_ratio"], found["manifest_100k_s"]) == (1.2, 2.5, 1.0)
+    assert {"peer_s", "tcp_s", "s3_s", "raw_get_s", "dcp_s3_s"} <= found.keys()
+    assert len(list(restore.rows(took, 2**30))) == len(names) - 3, "the fastest of several is no row"
+
+
+def test_a_checkpoint_of_restores_worlds_is_read_whole_by_every_other_world() -> None:
+    size = 3 * restore_plans.TENSOR_BYTES
+    written = restore_plans.write(size, 2)
+    room = memoryview(bytearray(2 * size))
+    assert all(restore_plans.read(written, size, world, kind, room) > 0 for world in (1, 3) for kind in ("memory", "store"))
+    for world in (1, 3):
+        wanted = [leaf.boxes[0] for rank in range(world) for leaf in restore_plans.boxes(size, rank, world)
+                  if rank == 0 or leaf.replica_count == 1]  # fmt: skip
+        assert sum(box.size for box in wanted) == size
+
+
+def test_the_long_part_lists_of_restore_tile_their_streams() -> None:
+    for lists in (1, 64):
+        parts = restore_plans.long_parts(lists)
+        assert sum(len(part.chunks) for part in parts) > 0.99 * restore_plans.CHUNKS
+        for part in parts:
+            ends = [shard.at + shard.box.size for shard in part.shards]
+            assert [shard.at for shard in part.shards] == [0, *ends[:-1]]
+            assert ends[-1] == part.size == len(part.chunks) * stores.CHUNK_BYTES

@@ -20,7 +20,7 @@ from ray_dr.model.attempt import Assignment, Cadence, Origin
 from ray_dr.model.checkpoint import CHUNK_BYTES, Part, VersionId
 from ray_dr.model.journal import Restored
 from ray_dr.stores.memory import MemoryStore
-from ray_dr.stores.peer import Place, PeerReader
+from ray_dr.stores.peer import PeerReader, Place
 from ray_dr.train.link import Link
 from ray_dr.train.restore import restore
 from ray_dr.train.staging import Planner, stage
