@@ -296,7 +296,7 @@ def peers(folder: Path, endpoint: str, state: dict[str, torch.Tensor]) -> dict[s
         ways[SAFETENSORS] = Way(load_safe)
     dcp_save(folder / "dcp", state, endpoint)
     ways[DCP] = Way(lambda: dcp_from_disk(folder / "dcp", state))
-    ways |= {f"{DCP_S3}, {n} threads": Way(lambda n=n: dcp_from_s3(endpoint, state, n)) for n in GETS}
+    ways[DCP_S3] = Way(lambda: dcp_from_s3(endpoint, state, max(GETS)))
     return ways
 
 
@@ -340,7 +340,7 @@ def measure(size: int, rounds: int) -> tuple[dict[str, dict[str, list[float]]], 
         there.close()
         took, ahead = here.recv()
         process.join()
-    for floor in (TCP, RAW_GET, DCP_S3):
+    for floor in (TCP, RAW_GET):
         several = [name for name in took if name.startswith(floor)]
         took[floor] = min((took[name] for name in several), key=lambda each: median(each["wall_s"]))
     return took, ahead
@@ -348,7 +348,7 @@ def measure(size: int, rounds: int) -> tuple[dict[str, dict[str, list[float]]], 
 
 def rows(took: dict[str, dict[str, list[float]]], size: int) -> Iterator[tuple[object, ...]]:
     for name, each in took.items():
-        if name in (TCP, RAW_GET, DCP_S3):
+        if name in (TCP, RAW_GET):
             continue  # each the fastest of several, which have rows themselves
         wall = median(each["wall_s"])
         floor = next((floor for way, floor in FLOORS.items() if name == way or (name.startswith(DCP_S3) and way == DCP_S3)), "")

@@ -119,7 +119,8 @@ def reads_by_chunk(part: Part, reads: Iterable[Read]) -> tuple[tuple[Chunk, tupl
     """
     chunks = _tiling(part)
     starts = [chunk.at for chunk in chunks]
-    found: dict[int, list[Read]] = {}
+    found: dict[int, tuple[Read, ...]] = {}
+    shared: dict[int, list[Read]] = {}  # of chunks that several reads need
     for read in reads:
         if read.rank != part.rank:
             continue
@@ -127,9 +128,11 @@ def reads_by_chunk(part: Part, reads: Iterable[Read]) -> tuple[tuple[Chunk, tupl
             raise CheckpointError(f"rank {part.rank}'s part of {part.size} bytes is too short for {read.target.name}")
         for number in range(bisect.bisect_right(starts, read.start) - 1, bisect.bisect_left(starts, read.end)):
             clipped = clip(read, chunks[number].at, chunks[number].at + chunks[number].size)
-            if clipped:
-                found.setdefault(number, []).extend(clipped)
-    return tuple((chunks[number], tuple(found[number])) for number in sorted(found))
+            if number in found:
+                shared.setdefault(number, list(found[number])).extend(clipped)
+            elif clipped:
+                found[number] = clipped
+    return tuple((chunks[number], tuple(shared.get(number, found[number]))) for number in sorted(found))
 
 
 def clip(read: Read, first: int, last: int) -> tuple[Read, ...]:
