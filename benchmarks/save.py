@@ -478,8 +478,8 @@ def main() -> None:
     head = ["way", "stall s (median / p95)", "to memcpy", "first stall s", "durable s", "durable s, alone", "raw / alone",
             "lost s", "CPU s", "peak / state"]  # fmt: skip
     rows = [
-        [name, f"{f['stall_s']:.3f} / {f['stall_p95_s']:.3f}", f"{f['stall_s'] / floor['memcpy_s']:.2f}",
-         f"{f['first_stall_s']:.3f}", f"{f['durable_s']:.2f}", f"{f['alone_s']:.2f}",
+        [name, f"{f['stall_s']:.4f} / {f['stall_p95_s']:.4f}", f"{f['stall_s'] / floor['memcpy_s']:.2f}",
+         f"{f['first_stall_s']:.4f}", f"{f['durable_s']:.2f}", f"{f['alone_s']:.2f}",
          f"{(f['raw_put_s'] or floor['raw_put_s']) / f['alone_s']:.2f}", f"{f['lost_s']:.2f}",
          f"{f['cpu_s']:.2f}", f"{f['peak_bytes'] / size:.2f}"]
         for name, f in found.items()

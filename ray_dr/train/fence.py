@@ -7,8 +7,8 @@ once.
 
 Two things guard against programs that do change parameters otherwise:
 
-* Only optimizers whose hook was called since the save before count. Of one that steps past its hooks, as a replayed CUDA
-  graph does, everything is copied at once.
+* Only optimizers whose hook was called since the save before count. Of one that steps past its hooks, as a compiled step or
+  a replayed CUDA graph does, everything is copied at once.
 * An in-place change moves a tensor's version counter, unless it goes through `.data` or is a fused optimizer's. Where one
   has moved during the copy, the copy is thrown away, and from then on this process copies everything at once.
 """
@@ -171,6 +171,8 @@ class Fence:
         self._stepped.clear()
 
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if torch.compiler.is_compiling():
+            return  # a compiled step cannot wait
         self._held_up_s += self.wait()
         self._stepped.add(id(optimizer))
 

@@ -319,6 +319,22 @@ def test_an_optimizer_that_steps_past_its_hooks_is_copied_at_once(agent: Agent, 
     assert gate.count == 0
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what the compiler imports
+def test_what_a_compiled_step_changes_is_copied_at_once(agent: Agent, link: Tapped, gate: Gate) -> None:
+    model = Net()
+    optimizer = Adam(model.parameters(), 0.1)
+    ctx = context(agent, link, gate)
+    state = ctx.restore(model=model, optimizer=optimizer)
+    update = torch.compile(optimizer.step, backend="eager")
+
+    def body(step: int) -> None:
+        loss_of(model, step).backward()
+        update()
+
+    assert link.saves == train(ctx, state, body, steps=3)
+    assert gate.count == 0
+
+
 def test_steps_without_an_update_leave_the_saves_right(agent: Agent, link: Tapped, gate: Gate) -> None:
     model = Net()
     optimizer = Adam(model.parameters(), 0.1)
