@@ -166,8 +166,8 @@ class Context:
         With data: what this rank computes of the step's global batch. Without: the step's number, from 0.
 
         Between a step's beginning and its `optimizer.step()`, do not change parameters in place: a save may be copying
-        them. Such a change is noticed (the save is given up, "save.torn" in the journal), but not one made through `.data`
-        or by a CUDA graph.
+        them. Such a change is noticed (the save is given up, "save.torn" in the journal), but not always one made through
+        `.data` or by a CUDA graph.
         """
         try:
             while state.step < until:

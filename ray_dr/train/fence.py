@@ -9,16 +9,18 @@ Two things guard against programs that do change parameters otherwise:
 
 * Only optimizers whose hook was called since the save before count. Of one that steps past its hooks, as a compiled step or
   a replayed CUDA graph does, everything is copied at once.
-* An in-place change moves a tensor's version counter, unless it goes through `.data` or is a fused optimizer's. Where one
-  has moved during the copy, the copy is thrown away, and from then on this process copies everything at once.
+* An in-place change moves a tensor's version counter, unless it goes through `.data` or is a fused optimizer's. For those, a
+  few bytes of the largest CPU tensors are kept and compared with their copies. Where either tells that a tensor has changed
+  during the copy, the copy is thrown away, and from then on this process copies everything at once.
 """
 
 from __future__ import annotations
 
 import contextlib
+import heapq
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,10 +35,12 @@ from ray_dr.model.checkpoint import Part
 from ray_dr.model.journal import Noted
 from ray_dr.train.link import Link
 from ray_dr.train.staging import Copy, places
-from ray_dr.train.state import Flat
+from ray_dr.train.state import Flat, bytes_of
 
 AT_ONCE_BYTES = 8 * 2**20
 """About a millisecond of copying: for less, a thread costs more than it saves."""
+SAMPLED = 16
+SAMPLE_BYTES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,15 +74,23 @@ class Parcel:
 
 @dataclass(slots=True)
 class _Behind:
-    """A copy under way: (name, tensor, its version before) of all in it; since when training waits for it (monotonic)."""
+    """A copy under way: (name, tensor, its version before) of all in it, and (name, place, bytes there) of some; since when
+    training waits for it (monotonic)."""
 
     copy: Copy
     watched: tuple[tuple[str, torch.Tensor, int], ...]
+    samples: tuple[tuple[str, memoryview, bytes], ...]
     parcel: Parcel
     stall_s: float
     begun_at: float
     waiting_since: float | None = None
     copied: threading.Event = field(default_factory=threading.Event)
+
+    def torn(self) -> str:
+        """The name of a tensor that has changed since the copy began; empty if none is known."""
+        moved = (name for name, tensor, version in self.watched if tensor._version != version)
+        other = (name for name, place, kept in self.samples if place != kept)
+        return next(moved, "") or next(other, "")
 
 
 class Fence:
@@ -110,22 +122,25 @@ class Fence:
         `behind`: what can be copied later, may be. The save before is settled."""
         owned = self._owned() if behind and self._trusts else {}
         self._stepped.clear()
-        now, later, watched = [], [], []
+        now: list[tuple[memoryview, torch.Tensor]] = []
+        later: list[tuple[str, memoryview, torch.Tensor]] = []
+        watched: list[tuple[str, torch.Tensor, int]] = []
         for name, target, piece in places(plan, flat, slot):
             whole = flat.tensors[name].tensor
             owner = owned.get(whole.data_ptr()) if owned else None
             if owner is not None and _same(owner[0], whole):
-                later.append((target, piece))
+                later.append((name, target, piece))
                 watched += [(name, tensor, tensor._version) for tensor in owner]
             else:
                 now.append((target, piece))
-        if sum(len(target) for target, _ in later) < AT_ONCE_BYTES:
-            now, later = now + later, []
+        pairs = [(target, piece) for _, target, piece in later]
+        if sum(len(target) for target, _ in pairs) < AT_ONCE_BYTES:
+            now, later = now + pairs, []
         Copy(now).run()
         if not later:
             return parcel.hand_over(stall_s=time.monotonic() - begun, staged_at=time.time())
-        copy = Copy(later)
-        self._behind = _Behind(copy, tuple(watched), parcel, time.monotonic() - begun, time.time())
+        copy, samples = Copy(pairs), tuple(_samples(later))
+        self._behind = _Behind(copy, tuple(watched), samples, parcel, time.monotonic() - begun, time.time())
         self._carried = self._thread.submit(self._carry, self._behind)
         return None
 
@@ -169,6 +184,7 @@ class Fence:
         self._hooks.clear()
         self._optimizers.clear()
         self._stepped.clear()
+        self._held_up_s = 0.0
 
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         if torch.compiler.is_compiling():
@@ -197,7 +213,7 @@ class Fence:
         try:
             try:
                 behind.copy.run()
-                torn = next((name for name, tensor, version in behind.watched if tensor._version != version), "")
+                torn = behind.torn()
             finally:
                 self._trusts = self._trusts and not torn
                 with self._lock:
@@ -219,3 +235,14 @@ class Fence:
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether two tensors with the same first byte are the same memory."""
     return one.shape == other.shape and one.dtype == other.dtype and one.stride() == other.stride()
+
+
+def _samples(pieces: Iterable[tuple[str, memoryview, torch.Tensor]]) -> Iterator[tuple[str, memoryview, bytes]]:
+    """A few bytes from the middle and the end of the largest tensors, as they are now, and where their copies will be.
+    None of tensors on devices, for which training would have to wait."""
+    plain = (piece for piece in pieces if not piece[2].is_cuda and piece[2].is_contiguous())
+    for name, target, piece in heapq.nlargest(SAMPLED, plain, key=lambda each: len(each[1])):
+        source = bytes_of(piece)
+        for end in (len(source) // 2, len(source)):
+            at = slice(max(0, end - SAMPLE_BYTES), end)
+            yield name, target[at], bytes(source[at])

@@ -1,7 +1,7 @@
 """A worker's line to the node agent beside it: what it did, what it staged; and back, which slots are free.
 
-Everything a worker says goes through here in order, so the supervisor never hears of an end before the steps that led
-to it.
+Everything a worker says goes through here in order, so the supervisor never hears of an end before the steps and saves that
+led to it. A save that is copied while training goes on may come after the step behind it.
 """
 
 from __future__ import annotations

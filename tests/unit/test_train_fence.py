@@ -319,6 +319,27 @@ def test_an_optimizer_that_steps_past_its_hooks_is_copied_at_once(agent: Agent, 
     assert gate.count == 0
 
 
+def test_parameters_swapped_through_data_while_they_are_copied_are_no_save(
+    agent: Agent, link: Tapped, gate: Gate
+) -> None:
+    model = Net()
+    optimizer = Adam(model.parameters(), 0.1)
+    ctx = context(agent, link, gate)
+    state = ctx.restore(model=model, optimizer=optimizer)
+
+    def body(step: int) -> None:
+        usual = model.last.weight.detach().clone()
+        model.last.weight.data.zero_()  # moves no version counter, and is undone before the step
+        gate.open()
+        ctx._fence.wait()
+        model.last.weight.data.copy_(usual)
+        stepping(model, optimizer)(step)
+
+    ends = train(ctx, state, body)
+    assert link.saves == {step: end for step, end in ends.items() if step != 1}
+    assert [note.fields["tensor"] for note in link.notes] == ["model/last.weight"]
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what the compiler imports
 def test_what_a_compiled_step_changes_is_copied_at_once(agent: Agent, link: Tapped, gate: Gate) -> None:
     model = Net()
