@@ -115,6 +115,11 @@ class Performer:
         for agent in tuple(self._agents.values()):
             agent.handle.keep_on_disk.remote([codec.to_json(version) for version in versions])
 
+    @property
+    def cadence(self) -> Cadence:
+        """The one in force."""
+        return self.forming.cadence
+
     def set_cadence(self, group: Group, cadence: Cadence) -> None:
         """Tell every member."""
         self.forming.cadence = cadence

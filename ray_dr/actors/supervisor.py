@@ -25,6 +25,7 @@ from ray_dr.actors import cluster
 from ray_dr.actors.forming import disk_place
 from ray_dr.actors.perform import Performer
 from ray_dr.actors.progress import Progress
+from ray_dr.actors.tuning import Tuning
 from ray_dr.actors.watch import Message
 from ray_dr.checkpoint.depot import Depot
 from ray_dr.checkpoint.pace import Pace
@@ -117,6 +118,7 @@ class Host:
         self.disk = disk_place(job.name, job.disk.url, first.log.life()) if job.disk else ()
         self.journal = Journal(self.store, job.name, self.term, clock=time.time)
         self.perform = Performer(self, train, token)
+        self._tuning = Tuning(self)
         self._doubt(first)
         if job.second is not None:
             self._open_second(job.second)
@@ -203,9 +205,9 @@ class Host:
         if decision.state is self.state and not decision.actions and isinstance(event, Tick):
             return
         self._seq += 1
-        self.journal.append(
-            Decided(time.time(), self.term, self._seq, event, decision.state, decision.actions, decision.reason)
-        )
+        record = Decided(time.time(), self.term, self._seq, event, decision.state, decision.actions, decision.reason)
+        self.journal.append(record)
+        self._tuning.heard(record)
         if decision.actions:
             self.journal.flush(FLUSH_S)
         self.state = decision.state
@@ -219,17 +221,7 @@ class Host:
         for node, last in self._acks.items():
             if self.journal.lag_s == 0.0:
                 self.perform.ack(node, last)
-        group = group_of(self.state)
-        if group is not None and self.progress.attempt == group.attempt:
-            cadence = self.pace.next(self.job, self.perform.forming.cadence, self.progress.newest)
-            if cadence is not None:
-                self.note("cadence.changed", memory_every=cadence.memory_every, store_every=cadence.store_every,
-                          disk_every=cadence.disk_every, second_every=cadence.second_every,
-                          from_step=cadence.from_step, step_s=self.pace.step_s, cost_s=self.pace.cost_s,
-                          reason=self.pace.reason(self.job, cadence))  # fmt: skip
-                if (exposed_s := self.pace.exposed_s(cadence)) > self.job.rpo_s:
-                    self.note("rpo.unreachable", rpo_s=self.job.rpo_s, exposed_s=exposed_s, write_s=self.pace.write_s)
-                self.perform.set_cadence(group, cadence)
+        self._tuning.tune(group_of(self.state))
 
     # -- opening and closing
 
@@ -267,6 +259,7 @@ class Host:
             self.note("store.weaker", store=self.store.url, guarantee=GUARANTEE)
         attempt = last_attempt(self.store, self.job.name)
         attempt = max([attempt, *(manifest.version.attempt for manifest in self.stored)])
+        self._tuning.recall()
         found = self.perform.find_living()
         self._decide(Opened(time.time(), self.term, max([attempt, *(w.attempt for w in found.workers)])))
         for event in found.events:
@@ -328,6 +321,7 @@ class Host:
                 self.journal.append(record)
             case _:
                 self.journal.append(record)
+                self._tuning.heard(record)
 
     def _stepped(self, stepped: Stepped) -> None:
         record = stepped.record
@@ -337,7 +331,7 @@ class Host:
         if record.attempt != self.progress.attempt:
             return
         if record.rank == 0:
-            self.pace.stepped(record)
+            self.pace.stepped(record, stepped.at)
         first = self.progress.began + 1
         if record.step == first and self.progress.step >= first:
             self._decide(FirstStep(stepped.at, record.attempt, first))

@@ -1,62 +1,114 @@
-"""How often to save: as often as a budget of time allows, never faster than the last save drains.
+"""How often to save to a tier: where cost and loss balance, within bounds, and why.
 
-One rank decides and the others follow, at a step boundary; all times are measured by the caller.
+One rank decides and the others follow, at a step boundary; all that is measured is measured by the caller. Between two
+saves training loses what a save costs; at a failure that needs the tier it loses what was done since the last save. The
+interval that wastes least time over both is wanted; then the bounds move it, the later ones having the last word:
+
+    budget     saving never costs more than this share of the time (and spends part of it in any case, see `Bounds.spent`)
+    a factor   of two is the most by which an interval changes at once: what is measured wanders
+    objective  interval and write together stay within the recovery point objective
+    drain      a save never begins before the one before it is through
+
+The user's word for a tier (`every: 30s`) replaces what is wanted, its budget and the factor.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
+from ray_dr.checkpoint.failures import Rate
 from ray_dr.model.attempt import Cadence
 from ray_dr.model.job import Every
 from ray_dr.model.journal import Where
 
-LONGEST_STEPS = 1000
+LONGEST_S = 6 * 3600.0
+"""No interval is longer: a cost measured wrongly must not switch saving off."""
 AUTO = Every()
 
 
-def memory_interval(
-    step_s: float, cost_s: float, *, budget: float, current: int | None = None, every: Every = AUTO
-) -> int:
-    """Steps between memory checkpoints that keep their cost within a share of the step time.
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """What is measured of one tier, in seconds.
 
-    step_s    duration of a step without a checkpoint, seconds
-    cost_s    time by which one checkpoint delays training, seconds
-    budget    allowed cost / work (0..1); at or below it every step is saved
-    current   the interval in force, which changes by at most a factor of two; None for the first decision
-    every     the user's word, which overrides all this
-    Source: CheckFreq (Mohan et al., FAST '21), k = ceil(d / (p * t)).
+    step_s    duration of a step without a save; more than 0
+    cost_s    time by which one save delays training, now or by slower steps later
+    write_s   from the step's end until the save is through
     """
-    said = _said(every, step_s)
-    if said is not None:
-        return said
-    return _damped(_affordable(step_s, cost_s, budget), current)
+
+    step_s: float
+    cost_s: float
+    write_s: float = 0.0
 
 
-def store_interval(
-    step_s: float,
-    write_s: float,
-    *,
-    slowdown: float,
-    budget: float,
-    memory_steps: int,
-    current: int | None = None,
-    every: Every = AUTO,
-    rpo_s: float = math.inf,
-) -> int:
-    """Steps between checkpoints in a store: a multiple of `memory_steps`, whose snapshot they reuse.
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """What is allowed of one tier.
 
-    write_s   from the snapshot until it is durable, seconds; a new one never starts before
-    slowdown  fraction by which steps are slower while the write runs (0..1): `slowdown * write_s` is its cost
-    rpo_s     the most work, in seconds, that may be lost with everything but the store: interval and write together
-    Source: CheckFreq (FAST '21) and PCcheck (ASPLOS '25), k = max(ceil(w / t), ceil(s * w / (p * t))).
+    every     the user's word
+    budget    share of the time (0..1) that saving may cost
+    spent     share of the budget (0..1) that is spent in any case, though less would waste least: to do work again is
+              waiting for people, and a rate is an estimate
+    rpo_s     the most work, in seconds, that may be lost with everything but this tier
+    multiple  of so many steps, where the bounds allow: so that the snapshot of the tier below is used
     """
-    said = _said(every, step_s)
-    wanted = _damped(_affordable(step_s, slowdown * write_s, budget), current) if said is None else said
-    drained = math.ceil(write_s / step_s) if step_s > 0 else 1
-    if step_s > 0 and rpo_s < math.inf:
-        wanted = min(wanted, max(1, int((rpo_s - write_s) / step_s)))
-    return -(-max(wanted, drained, 1) // memory_steps) * memory_steps
+
+    every: Every = AUTO
+    budget: float = 1.0
+    spent: float = 0.0
+    rpo_s: float = math.inf
+    multiple: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """An interval in steps, and what decided it, in words with the numbers."""
+
+    steps: int
+    reason: str
+
+
+def best_interval(cost_s: float, mtbf_s: float) -> float:
+    """Seconds of work between saves that waste least time, of saving and of doing work again.
+
+    cost_s   time by which one save delays training, seconds
+    mtbf_s   mean time between the failures that the save is for, seconds; inf: there are none
+    The exact optimum for failures without memory, M (1 + W0(-exp(-1 - d/M))): the root y = tau/M of y + ln(1 - y) = -d/M,
+    by Newton's method from its right, where each step comes closer. At most LONGEST_S.
+    Source: J. T. Daly, FGCS 22 (2006), gives it as a series; the first-order form sqrt(2 d M) is Young's (1974).
+    """
+    if cost_s <= 0:
+        return 0.0
+    x = cost_s / mtbf_s
+    if x < 1e-12:
+        return min(LONGEST_S, math.sqrt(2 * cost_s * mtbf_s))
+    if x > 30:
+        return min(LONGEST_S, mtbf_s)  # 1 - y has no digits left
+    y = min(math.sqrt(2 * x), -math.expm1(-1 - x))
+    for _ in range(60):
+        nearer = y + (y + math.log1p(-y) + x) * (1 - y) / y
+        if not 0 < nearer < y:
+            break
+        y = nearer
+    return min(LONGEST_S, y * mtbf_s)
+
+
+def choose(costs: Costs, rate: Rate, bounds: Bounds, current: int | None = None) -> Choice:
+    """The interval of a tier, for losses of `rate` that need it. `current`: the one in force, None for the first choice."""
+    steps, words = _said(bounds.every, costs.step_s)
+    if not steps:
+        steps, words = _worth(costs, rate, bounds)
+        damped = _damped(steps, current)
+        if damped != steps:
+            steps, words = damped, f"{words}; by a factor of two at once: {span(damped * costs.step_s)} for now"
+    through = max(1, math.ceil(costs.write_s / costs.step_s))
+    allowed = max(1, int((bounds.rpo_s - costs.write_s) / costs.step_s)) if bounds.rpo_s < math.inf else math.inf
+    if steps > allowed:
+        words += f"; at most {span(bounds.rpo_s)} of work may be lost: {span(allowed * costs.step_s)}"
+        steps = int(allowed)
+    if steps < through:
+        steps, words = through, f"{words}; a write takes {span(costs.write_s)}, and the next begins after it"
+    return Choice(_aligned(steps, bounds.multiple, through, allowed), words)
 
 
 def places_due(step: int, cadence: Cadence) -> frozenset[Where]:
@@ -74,23 +126,60 @@ def due(step: int, every_steps: int) -> bool:
     return step > 0 and every_steps > 0 and step % every_steps == 0
 
 
-def _said(every: Every, step_s: float) -> int | None:
-    """The user's interval in steps: at most that many seconds, at least one step. None for "auto"."""
+def span(seconds: float) -> str:
+    """A duration in words: `340 ms`, `4.1 s`, `14 min`, `31 h`, `11 d`."""
+    if not math.isfinite(seconds):
+        return "for ever"
+    for unit, length in (("d", 86_400.0), ("h", 3600.0), ("min", 60.0), ("s", 1.0)):
+        if seconds >= (2 * length if length > 1 else 0.9995):
+            return f"{seconds / length:.{2 if seconds < 99.5 * length else 3}g} {unit}"
+    return f"{seconds * 1000:.3g} ms"
+
+
+def _said(every: Every, step_s: float) -> tuple[int, str]:
+    """The user's interval in steps, at least one, at most that many seconds, and that it is said; 0 for "auto"."""
     if every.steps is not None:
-        return max(1, every.steps)
+        return max(1, every.steps), f"one each {every.steps} steps is asked for"
     if every.seconds is not None:
-        return max(1, int(every.seconds / step_s)) if step_s > 0 else 1
-    return None
+        return max(1, int(every.seconds / step_s)), f"one each {span(every.seconds)} is asked for"
+    return 0, ""
 
 
-def _affordable(step_s: float, cost_s: float, budget: float) -> int:
-    if cost_s <= budget * step_s:
-        return 1
-    allowed_s = budget * step_s
-    return LONGEST_STEPS if allowed_s * LONGEST_STEPS <= cost_s else math.ceil(cost_s / allowed_s)
+def _worth(costs: Costs, rate: Rate, bounds: Bounds) -> tuple[int, str]:
+    """The interval that wastes least, with the cost of saving between its limits."""
+    mtbf_s = 1 / rate.per_s if rate.per_s > 0 else math.inf
+    best_s = best_interval(costs.cost_s, mtbf_s)
+    words = f"a save costs {span(costs.cost_s)}, {told(rate)}: {span(best_s)} is best"
+    least_s = costs.cost_s / bounds.budget if bounds.budget > 0 else LONGEST_S
+    most_s = least_s / bounds.spent if bounds.spent > 0 else LONGEST_S
+    if best_s < least_s:
+        steps = math.ceil(min(least_s, LONGEST_S) / costs.step_s)
+        words += f"; at most {100 * bounds.budget:.2g}% of the time may be spent: {span(steps * costs.step_s)}"
+    elif best_s > most_s:
+        steps = math.ceil(most_s / costs.step_s)
+        share = 100 * bounds.budget * bounds.spent
+        words += f"; {share:.2g}% of the time is spent in any case: {span(steps * costs.step_s)}"
+    else:
+        steps = round(best_s / costs.step_s)
+    return max(1, steps), words
+
+
+def told(rate: Rate) -> str:
+    """What is expected, and on what grounds: `a loss is expected every 31 h (0 seen in 12 h)`."""
+    hours = rate.exposed_s / 3600
+    exposed = f"{hours:.{0 if hours > 9.5 else 1}f} node-hours" if rate.per_node else span(rate.exposed_s)
+    expected = f"is expected every {span(1 / rate.per_s)}" if rate.per_s > 0 else "is not expected"
+    return f"a loss {expected} ({rate.seen} seen in {exposed})"
 
 
 def _damped(wanted: int, current: int | None) -> int:
-    if current is None:
+    if not current:
         return wanted
-    return min(max(wanted, -(-current // 2)), 2 * current, LONGEST_STEPS)
+    return min(max(wanted, -(-current // 2)), 2 * current)
+
+
+def _aligned(steps: int, multiple: int, least: int, most: float) -> int:
+    """The next multiple at or above `steps`, else the one below, else `steps` itself: what lies within the limits."""
+    above = -(-steps // multiple) * multiple
+    near = (above, above - multiple)
+    return next((each for each in near if max(1, least) <= each <= most), steps)

@@ -7,7 +7,8 @@ from collections import deque
 from dataclasses import dataclass, field, replace
 from statistics import median
 
-from ray_dr.checkpoint.cadence import memory_interval, store_interval
+from ray_dr.checkpoint.cadence import AUTO, Bounds, Choice, Costs, choose, span
+from ray_dr.checkpoint.failures import Losses, Rates, rates
 from ray_dr.model.attempt import Cadence
 from ray_dr.model.checkpoint import StepRecord
 from ray_dr.model.job import DiskTier, Every, Job, StoreTier
@@ -21,6 +22,19 @@ SHOWS = 0.02
 """An agent that works on a save for less than this share of a step does not show in it."""
 HYSTERESIS = 0.25
 """An interval changes only by more than this share: measured times wander, and a change is news for every rank."""
+SPENT = 0.25
+"""Of what memory checkpoints may cost, this share is spent in any case: where failures are rare, the interval that wastes
+least would have a failure cost a minute of work for a gain nobody notices. 1: always as often as the budget allows."""
+STORE_SHARE = 5.0
+"""Saves to a store may cost so many times what saves to memory may: they are for failures that cost far more."""
+SLOWDOWN, SLOWDOWN_LEAST, SLOWDOWN_STEPS = 0.5, 0.05, 3
+"""By how much a write slows training before that is measured; at least; and from how many steps with and without one it is
+taken to be measured. (The least: a store's requests and bandwidth are paid by others, too.)"""
+ROUNDING = 0.02
+"""An interval is whole steps of a time that wanders: so much beyond the objective is no news."""
+UNMEASURED_S = 10.0
+"""Between saves to a store with `every: auto`, before the first write is measured."""
+TIMED_STEPS = 512
 AHEAD_S = 0.5
 """A new cadence begins this far in the future, so that every rank hears of it before."""
 
@@ -35,18 +49,24 @@ def first_cadence(job: Job) -> Cadence:
 
 @dataclass(slots=True)
 class Pace:
-    """Step times of rank 0, with and without a save just before, and how long saves took. Times in seconds."""
+    """Step times of rank 0, with and without a save just before, how long saves took, and what was lost. Times in seconds."""
 
+    losses: Losses = field(default_factory=Losses)
     _saved_at: set[int] = field(default_factory=set)
     _plain: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT_STEPS))
     _after_save: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT_STEPS))
     _seals: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT_STEPS))
     _stalls: deque[float] = field(default_factory=lambda: deque(maxlen=KEPT))
     _writes: dict[Where, deque[float]] = field(default_factory=dict)
+    _slowdowns: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT_STEPS))
+    _timed: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=TIMED_STEPS))
+    _write_bytes: int = 0
     _pending: dict[int, float] = field(default_factory=dict)
 
-    def stepped(self, record: StepRecord) -> None:
-        """One step of rank 0. It is judged two steps later, when it is known whether a save came before it."""
+    def stepped(self, record: StepRecord, at: float = 0.0) -> None:
+        """One step of rank 0, done `at` (UTC seconds of its node). It is judged two steps later, when it is known whether a save
+        came before it."""
+        self._timed.append((at, record.took_s))
         self._pending[record.step] = record.took_s
         for step in [s for s in self._pending if s <= record.step - 2]:
             saved = step - 1 in self._saved_at
@@ -61,6 +81,16 @@ class Pace:
             self._seals.append(record.took_s)
         elif record.where is not Where.PEER:
             self._writes.setdefault(record.where, deque(maxlen=KEPT)).append(record.took_s)
+            if record.where is Where.STORE:
+                self._write_bytes = record.size
+                self._compare(record.at - record.took_s, record.at)
+
+    def _compare(self, begun: float, ended: float) -> None:
+        """How much slower steps were while a write ran than the others of that time."""
+        during = [took_s for at, took_s in self._timed if begun + took_s <= at <= ended]
+        others = [took_s for at, took_s in self._timed if at <= begun or at - took_s >= ended]
+        if min(len(during), len(others)) >= SLOWDOWN_STEPS:
+            self._slowdowns.append(max(0.0, median(during) / median(others) - 1))
 
     def restart(self) -> None:
         """A new attempt, perhaps of another size: step times begin anew; what saves cost is kept."""
@@ -68,6 +98,7 @@ class Pace:
         self._saved_at.clear()
         self._plain.clear()
         self._after_save.clear()
+        self._timed.clear()
 
     @property
     def step_s(self) -> float:
@@ -93,23 +124,32 @@ class Pace:
     def _write_s(self, where: Where) -> float:
         return median(self._writes[where]) if where in self._writes else 0.0
 
+    @property
+    def slowdown(self) -> float:
+        """By which share steps are slower while a write to the store runs (0..1)."""
+        return min(1.0, max(SLOWDOWN_LEAST, median(self._slowdowns))) if self._slowdowns else SLOWDOWN
+
+    def rates(self) -> Rates:
+        """The failures this job has to expect, on the nodes it has."""
+        return rates(self.losses.tally(), self.losses.nodes)
+
     def next(self, job: Job, current: Cadence, step: int) -> Cadence | None:
         """A cadence that differs from the current one, to begin a little after `step`; None when there is no reason."""
         if len(self._plain) + len(self._after_save) < PLAIN_STEPS or self.step_s <= 0:
             return None
         memory, store = current.memory_every, 0
+        chosen = self._memory(job, current)
+        if chosen is not None:
+            memory = _settled(current.memory_every, chosen.steps)
         if _never(job.memory.every):
             memory = 0
-        elif job.memory.every.steps is None and len(self._stalls) >= SAVES:
-            memory = memory_interval(self.step_s, self.cost_s, budget=job.overhead, current=memory, every=job.memory.every)
         if not _never(job.store.every):
-            store = store_interval(
-                self.step_s, self.write_s, slowdown=0.5, budget=5 * job.overhead,
-                memory_steps=1, current=current.store_every or None, every=job.store.every, rpo_s=job.rpo_s,
-            )  # fmt: skip
-        memory = _settled(current.memory_every, memory)
-        if store >= current.store_every or job.rpo_s == math.inf:  # an objective is no matter of about
-            store = _settled(current.store_every, store)
+            store = self._store(job, current, memory).steps
+            fits = not _both_auto(job) or not memory or current.store_every % memory == 0
+            if fits and (store >= current.store_every or job.rpo_s == math.inf):  # an objective is no matter of about
+                store = _settled(current.store_every, store)
+            if memory and job.memory.every == AUTO:
+                memory = min(memory, store)  # a save to the store is one to memory as well
         disk = self._other(job, job.disk, Where.DISK, current.disk_every)
         second = self._other(job, job.second, Where.SECOND, current.second_every)
         if replace(current, memory_every=memory, store_every=store, disk_every=disk, second_every=second) == current:
@@ -120,24 +160,53 @@ class Pace:
         """The interval of a further durable place, in steps; 0 for none."""
         if tier is None or _never(tier.every):
             return 0
-        wanted = store_interval(
-            self.step_s, self._write_s(where), slowdown=0.5, budget=5 * job.overhead,
-            memory_steps=1, current=current or None, every=tier.every,
-        )  # fmt: skip
-        return _settled(current, wanted)
+        if where not in self._writes and tier.every == AUTO:
+            return self._unmeasured(math.inf)
+        write_s = self._write_s(where)
+        costs = Costs(self.step_s, self.slowdown * write_s, write_s)
+        chosen = choose(costs, self.rates().store, Bounds(tier.every, STORE_SHARE * job.overhead), current or None)
+        return _settled(current, chosen.steps)
 
+    def _unmeasured(self, rpo_s: float) -> int:
+        return max(1, round(min(UNMEASURED_S, rpo_s) / self.step_s))
 
-    def reason(self, job: Job, cadence: Cadence) -> str:
-        """Why a cadence is what it is, in words with the measured numbers."""
-        step_s, words = self.step_s, [f"a step takes {self.step_s:.3g} s"]
-        if cadence.memory_every and job.memory.every == Every():
-            words.append(f"a save to memory costs {self.cost_s:.3g} s, and {job.overhead:.3g} of a step may be spent")
-        if cadence.store_every:
-            said = job.store.every.seconds or (job.store.every.steps or 0) * step_s
-            asked = f", one each {said:.3g} s is asked for" if said else ""
-            words.append(f"a write to the store takes {self.write_s:.3g} s{asked}")
-        if job.rpo_s < math.inf and cadence.store_every:
-            words.append(f"at most {job.rpo_s:.3g} s of work may be lost")
+    def _memory(self, job: Job, current: Cadence) -> Choice | None:
+        """The interval in memory, for failures that leave a copy there; None as long as too little is measured."""
+        if _never(job.memory.every) or job.memory.every.steps is not None or len(self._stalls) < SAVES:
+            return None
+        rates = self.rates()
+        rate = rates.own.plus(rates.peer) if self._copied(job) else rates.own
+        return choose(
+            Costs(self.step_s, self.cost_s), rate, Bounds(job.memory.every, job.overhead, SPENT), current.memory_every
+        )
+
+    def _store(self, job: Job, current: Cadence, memory: int) -> Choice:
+        """The interval in the store, for the other failures. It reuses the snapshot: only slower steps are its cost."""
+        if Where.STORE not in self._writes and job.store.every == AUTO:
+            steps = self._unmeasured(job.rpo_s)
+            return Choice(steps, f"no write is measured yet: one each {span(steps * self.step_s)}")
+        rates = self.rates()
+        rate = rates.store
+        if _never(job.memory.every):
+            rate = rate.plus(rates.own)
+        if _never(job.memory.every) or not self._copied(job):
+            rate = rate.plus(rates.peer)
+        multiple = max(1, memory) if _both_auto(job) else 1
+        bounds = Bounds(job.store.every, STORE_SHARE * job.overhead, rpo_s=job.rpo_s, multiple=multiple)
+        costs = Costs(self.step_s, self.slowdown * self.write_s, self.write_s)
+        return choose(costs, rate, bounds, current.store_every)
+
+    def _copied(self, job: Job) -> bool:
+        return job.memory.copies > 1 and self.losses.nodes != 1
+
+    def reason(self, job: Job, current: Cadence) -> str:
+        """Why the cadence that `next` gives beside `current` is what it is, in words with the measured numbers."""
+        words = [f"a step takes {span(self.step_s)}"]
+        memory = self._memory(job, current)
+        if memory is not None:
+            words.append(f"memory: {memory.reason}")
+        if not _never(job.store.every):
+            words.append(f"store: {self._store(job, current, current.memory_every).reason}")
         return "; ".join(words)
 
     def exposed_s(self, cadence: Cadence) -> float:
@@ -145,9 +214,28 @@ class Pace:
         checkpoint under way does not count)."""
         return cadence.store_every * self.step_s + self.write_s if cadence.store_every else math.inf
 
+    def unmet(self, job: Job, cadence: Cadence) -> str:
+        """Why the recovery point objective cannot be met with what is measured; empty when it can, or nothing is known yet."""
+        if job.rpo_s == math.inf or not self.step_s:
+            return ""
+        if _never(job.store.every):
+            return f"at most {span(job.rpo_s)} of work may be lost, but nothing is ever saved to the store"
+        exposed_s = self.exposed_s(cadence)
+        if Where.STORE not in self._writes or not cadence.store_every or exposed_s <= job.rpo_s * (1 + ROUNDING):
+            return ""
+        speed = f"{self._write_bytes / 1e9:.3g} GB, {self._write_bytes / 1e9 / max(self.write_s, 1e-9):.2g} GB/s"
+        return (
+            f"at most {span(job.rpo_s)} of work may be lost, but a write takes {span(self.write_s)} (rank 0: {speed}) and the "
+            f"next begins after it: up to {span(exposed_s)} would be lost"
+        )
+
 
 def _never(every: Every) -> bool:
     return every.seconds == float("inf")
+
+
+def _both_auto(job: Job) -> bool:
+    return job.memory.every == AUTO and job.store.every == AUTO
 
 
 def _settled(current: int, wanted: int) -> int:

@@ -48,6 +48,7 @@ def describe(name: str, url: str, told: JobStatus, newest: Manifest | None, *, n
             *_tiers(told),
             *((f"  in {place}", f"step {version.step} of attempt {version.attempt}, {told.saved.get(place, 0)} so far")
               for place, version in told.newest.items()),
+            *((name, text) for name, text in (("cadence", told.cadence), ("objective", told.unmet)) if text),
             ("last word", f"{duration(max(0.0, now - told.updated_at))} ago" if told.updated_at else "never"),
             ("reason", told.reason or "no decision yet"),
         ]

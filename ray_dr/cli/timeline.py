@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import click
 
+from ray_dr.checkpoint.failures import COUNTED
 from ray_dr.cli.stored import find_job, job_argument
 from ray_dr.cli.words import clock, duration, print_json, short, size, table, value
 from ray_dr.model.codec import to_json
@@ -38,6 +39,8 @@ def moments(records: Iterable[Record]) -> Iterator[tuple[float, str, str]]:
         match record:
             case JobOpened():
                 yield record.at, "opened", f"term {record.term}, Python {record.python}, Ray {record.ray}"
+            case Noted(name=name) if name == COUNTED:
+                pass
             case Noted():
                 yield (
                     record.at,

@@ -245,6 +245,25 @@ def last_attempt(store: Store, job: str) -> int:
     return highest
 
 
+def read_tail(
+    store: Store, job: str, *, before: int, begins: Callable[[Record], bool], most: int
+) -> tuple[Record, ...]:
+    """The end of a job's journal, in order: from the newest record that `begins` says is a beginning.
+
+    before   only terms below this one are read
+    most     segments that are read at most; without a beginning among them the oldest of them is one
+    Raises StoreError, and ValueError for a damaged line.
+    """
+    found: list[Record] = []
+    for _, _, key in [segment for segment in reversed(_segments(store, job)) if segment[0] < before][:most]:
+        records = list(_records(store, key))
+        first = next((at for at in reversed(range(len(records))) if begins(records[at])), None)
+        found[:0] = records[first or 0 :]
+        if first is not None:
+            break
+    return tuple(found)
+
+
 def _attempt(record: Record) -> int:
     match record:
         case Decided(event=Opened(attempt=attempt), state=state):

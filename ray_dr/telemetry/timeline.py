@@ -15,6 +15,7 @@ from ray_dr.model.journal import (
     Decided,
     JobOpened,
     Marked,
+    Noted,
     PartSaved,
     Record,
     Restored,
@@ -59,6 +60,8 @@ class JobStatus:
     samples      positions of the sample stream consumed
     reason       of the last decision; for a failed job, why it failed
     resubmit     whether running a failed job again can help
+    cadence      why saves are as often as they are; empty before anything is measured
+    unmet        why the recovery point objective cannot be met; empty when it can
     """
 
     job: str = ""
@@ -81,6 +84,8 @@ class JobStatus:
     tiers: tuple[Row, ...] = ()
     armed: VersionId | None = None
     at_risk: int = 0
+    cadence: str = ""
+    unmet: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +145,19 @@ def status(records: Iterable[Record]) -> JobStatus:
         tiers=tiers.rows,
         armed=armed,
         at_risk=max(0, step - armed.step) if armed else step,
+        cadence=_told(kept, "cadence.changed"),
+        unmet=_told(kept, "rpo.unreachable", "rpo.reachable"),
     )
+
+
+def _told(records: Sequence[Record], *names: str) -> str:
+    """The reason in the newest note of these names, of the supervisor at work; empty when it gives none."""
+    for record in reversed(records):
+        if isinstance(record, JobOpened):
+            return ""
+        if isinstance(record, Noted) and record.name in names:
+            return str(record.fields.get("reason", ""))
+    return ""
 
 
 def incidents(records: Iterable[Record]) -> tuple[IncidentReport, ...]:

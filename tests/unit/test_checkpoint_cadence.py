@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import pytest
 
-from ray_dr.checkpoint.cadence import due, memory_interval, store_interval
+from ray_dr.checkpoint.cadence import LONGEST_S, Bounds, Costs, best_interval, choose, due, span
+from ray_dr.checkpoint.failures import Rate
 from ray_dr.model.checkpoint import VersionId
 from ray_dr.model.job import Every
 from ray_dr.model.journal import Decided, Noted, PartSaved, Record, Where
@@ -12,38 +16,91 @@ from ray_dr.model.recovery import NodeLost
 from ray_dr.recovery.machine import initial
 from ray_dr.telemetry.tiers import COPIES_KEPT, KEPT, Completeness, fold
 
+MONTH = Rate(1 / (30 * 86_400))
+DAILY = Rate(1 / 86_400, seen=3, exposed_s=43_200.0)
+
+
+def steps(costs: Costs, rate: Rate = MONTH, current: int | None = None, **bounds: Any) -> int:
+    return choose(costs, rate, Bounds(**bounds), current).steps
+
 
 @pytest.mark.parametrize(
-    ("step_s", "cost_s", "current", "steps"),
-    [
-        (0.1, 0.001, None, 1),
-        (0.1, 0.0011, None, 2),
-        (0.1, 0.01, None, 10),
-        (0.1, 100.0, None, 1000),
-        (0.0, 1.0, None, 1000),
-        (0.1, 0.01, 2, 4),
-        (0.1, 0.0, 9, 5),
-        (0.1, 0.0, 1, 1),
-        (0.1, 100.0, 900, 1000),
-    ],
+    ("cost_s", "mtbf_s", "best_s"),
+    [(1.0, 100.0, 13.4835), (2.05, 111_600.0, 675.066), (1.0, 1.0, 0.84141), (60.0, 86_400.0, 3180.063), (0.0, 9.0, 0.0)],
 )
-def test_memory_interval_keeps_the_budget_and_at_most_doubles(
-    step_s: float, cost_s: float, current: int | None, steps: int
-) -> None:
-    assert memory_interval(step_s, cost_s, budget=0.01, current=current) == steps
+def test_the_best_interval_is_where_the_exact_waste_is_least(cost_s: float, mtbf_s: float, best_s: float) -> None:
+    assert best_interval(cost_s, mtbf_s) == pytest.approx(best_s, rel=1e-5)
+
+    def waste(tau_s: float) -> float:  # wall / work with exponential failures, Daly (2006)
+        return mtbf_s / tau_s * math.expm1((tau_s + cost_s) / mtbf_s)
+
+    if cost_s:
+        assert waste(best_s) < min(waste(0.99 * best_s), waste(1.01 * best_s))
 
 
-def test_the_users_interval_overrides_the_budget() -> None:
-    assert memory_interval(0.1, 9.0, budget=0.01, current=1, every=Every(steps=7)) == 7
-    assert memory_interval(0.25, 9.0, budget=0.01, every=Every(seconds=1.1)) == 4
-    assert memory_interval(5.0, 9.0, budget=0.01, every=Every(seconds=1.0)) == 1
+def test_without_failures_saves_are_as_rare_as_may_be() -> None:
+    assert best_interval(1.0, math.inf) == LONGEST_S
+    assert steps(Costs(1.0, 1.0), Rate(0.0)) == LONGEST_S
 
 
-def test_store_interval_waits_for_the_last_write_and_is_a_multiple_of_the_memory_interval() -> None:
+def test_an_interval_is_the_best_one_where_no_bound_speaks() -> None:
+    choice = choose(Costs(0.1, 2.0, 4.0), DAILY, Bounds(budget=0.05))
+    assert choice.steps == 5865, "587.9 s less 1.3 s: what Young leaves out"
+    assert choice.reason == "a save costs 2 s, a loss is expected every 24 h (3 seen in 12 h): 9.8 min is best"
+
+
+def test_saving_never_costs_more_than_the_budget() -> None:
+    often = Rate(1 / 60.0, seen=9, exposed_s=540.0)
+    choice = choose(Costs(0.1, 0.3), often, Bounds(budget=0.01))
+    assert choice.steps == 300
+    assert "at most 1% of the time may be spent: 30 s" in choice.reason
+
+
+def test_part_of_the_budget_is_spent_in_any_case() -> None:
+    choice = choose(Costs(0.1, 0.005), MONTH, Bounds(budget=0.01, spent=0.25))
+    assert choice.steps == 20
+    assert "0.25% of the time is spent in any case: 2 s" in choice.reason
+
+
+def test_an_interval_changes_by_at_most_a_factor_of_two() -> None:
+    assert steps(Costs(0.1, 2.0), DAILY, 100) == 200
+    assert steps(Costs(0.1, 2.0), DAILY, 99_999) == 50_000
+    assert "by a factor of two at once: 20 s for now" in choose(Costs(0.1, 2.0), DAILY, Bounds(), 100).reason
+
+
+def test_the_objective_shortens_an_interval_at_once() -> None:
+    choice = choose(Costs(0.1, 2.0, 4.0), DAILY, Bounds(rpo_s=300.0), 99_999)
+    assert choice.steps == 2960
+    assert "at most 5 min of work may be lost: 4.9 min" in choice.reason
+
+
+def test_a_write_is_over_before_the_next_begins_whatever_is_asked_for() -> None:
+    choice = choose(Costs(0.1, 0.0, 4.0), MONTH, Bounds(every=Every(seconds=1.0), rpo_s=2.0))
+    assert choice.steps == 40
+    assert "a write takes 4 s, and the next begins after it" in choice.reason
+
+
+def test_the_users_word_overrides_what_is_best_and_the_budget() -> None:
+    assert steps(Costs(0.1, 9.0), every=Every(steps=7), budget=0.01, current=1) == 7
+    assert steps(Costs(0.25, 9.0), every=Every(seconds=1.1), budget=0.01) == 4
+    assert steps(Costs(5.0, 9.0), every=Every(seconds=1.0), budget=0.01) == 1
+
+
+def test_an_interval_is_a_multiple_where_the_bounds_allow() -> None:
     every = Every(seconds=1.0)
-    assert store_interval(0.1, 0.0, slowdown=0.0, budget=0.01, memory_steps=4, every=every) == 12
-    assert store_interval(0.1, 3.0, slowdown=0.0, budget=0.01, memory_steps=4, every=every) == 32
-    assert store_interval(0.1, 1.0, slowdown=0.05, budget=0.01, memory_steps=1) == 50
+    assert steps(Costs(0.1, 0.0), every=every, multiple=4) == 12
+    assert steps(Costs(0.1, 0.0, 3.0), every=every, multiple=4) == 32
+    assert steps(Costs(0.1, 0.0), every=every, multiple=4, rpo_s=1.0) == 8
+    assert steps(Costs(0.1, 0.0), every=every, multiple=25, rpo_s=1.0) == 10
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0.34, "340 ms"), (4.12, "4.1 s"), (110.0, "110 s"), (840.0, "14 min"), (111_600.0, "31 h"), (1e7, "116 d"),
+     (math.inf, "for ever")],
+)  # fmt: skip
+def test_a_span_is_said_in_the_unit_that_fits(seconds: float, words: str) -> None:
+    assert span(seconds) == words
 
 
 def test_due_counts_finished_steps() -> None:

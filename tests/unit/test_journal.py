@@ -13,7 +13,7 @@ from ray_dr.model.journal import Decided, JobOpened, Noted, PartSaved, Record, S
 from ray_dr.model.recovery import FormGroup, Group, Opened, Queued, Starting, State
 from ray_dr.stores.base import Buffer, Entry, Store, Traits
 from ray_dr.stores.memory import MemoryStore
-from ray_dr.telemetry.journal import Journal, Reader, last_attempt, read_journal, segment_key
+from ray_dr.telemetry.journal import Journal, Reader, last_attempt, read_journal, read_tail, segment_key
 
 
 class Outage:
@@ -265,3 +265,22 @@ def test_knows_the_last_attempt_from_the_journal_alone() -> None:
     journal.append(stepped(1, attempt=2))
     journal.close()
     assert last_attempt(store, "job") == 4
+
+
+def test_the_end_of_a_journal_is_read_from_its_newest_beginning_on_and_no_further_than_allowed() -> None:
+    store = MemoryStore()
+    for term, names in ((1, ("a", "mark", "b")), (2, ("mark", "c")), (3, ("d",)), (4, ("own",))):
+        for name in names:
+            journal = open_journal(store, term)
+            journal.append(Noted(1.0, name))
+            journal.append(Noted(1.0, f"{name}, too"))
+            assert journal.close()
+
+    def tail(most: int, begins: str = "mark") -> list[str]:
+        records = read_tail(store, "job", before=4, most=most, begins=lambda r: isinstance(r, Noted) and r.name == begins)
+        return [record.name for record in records if isinstance(record, Noted)]
+
+    assert tail(100) == ["mark", "mark, too", "c", "c, too", "d", "d, too"]
+    assert tail(1) == ["d", "d, too"]
+    assert tail(100, "nothing")[:2] == ["a", "a, too"]
+    assert read_tail(store, "other", before=4, most=9, begins=lambda _: True) == ()

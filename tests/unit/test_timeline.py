@@ -13,6 +13,7 @@ from ray_dr.model.journal import (
     Decided,
     JobOpened,
     Marked,
+    Noted,
     PartSaved,
     Record,
     Restored,
@@ -106,6 +107,19 @@ def test_status_tells_where_the_job_stands() -> None:
     assert told.newest == {"memory": VersionId(1, 3), "peer": VersionId(1, 3), "store": VersionId(1, 2)}
     assert told.saved == {"memory": 1, "peer": 1, "store": 1}
     assert (told.opened_at, told.updated_at) == (99.0, 110.5)
+
+
+def test_status_tells_why_saves_are_as_often_as_they_are_and_whether_the_objective_is_met() -> None:
+    told = status([
+        *journal(),
+        Noted(111.0, "cadence.changed", {"reason": "first"}), Noted(112.0, "rpo.unreachable", {"reason": "too slow"}),
+        Noted(113.0, "cadence.changed", {"reason": "second"}),
+    ])  # fmt: skip
+    assert (told.cadence, told.unmet) == ("second", "too slow")
+    over = [Noted(112.0, "rpo.unreachable", {"reason": "too slow"}), Noted(113.0, "rpo.reachable")]
+    assert status([*journal(), *over]).unmet == ""
+    before = [Noted(112.0, "cadence.changed", {"reason": "then"}), JobOpened(200.0, 2, "night", {})]
+    assert status([*journal(), *before]).cadence == ""
 
 
 def test_status_of_nothing_is_unknown() -> None:
