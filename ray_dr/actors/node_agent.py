@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import os
 import select
 import threading
@@ -26,6 +27,8 @@ from blake3 import blake3
 from ray_dr.checkpoint.described import describe, parse
 from ray_dr.checkpoint.local_disk import LocalDisk
 from ray_dr.checkpoint.reader import StoreSource
+from ray_dr.checkpoint.throttle import Throttle
+from ray_dr.checkpoint.uploads import Uploads
 from ray_dr.checkpoint.vault import Holding, Vault
 from ray_dr.checkpoint.verified import Verified
 from ray_dr.checkpoint.writer import Places, Task, Writer
@@ -50,9 +53,13 @@ READ_MAX_BYTES = 64 * 2**20
 
 
 class Outbox:
-    """Numbered messages for the supervisor, kept until it has written them down. Bounded: then the oldest steps go."""
+    """Numbered messages for the supervisor, kept until it has written them down. Bounded: then the oldest steps go.
 
-    def __init__(self) -> None:
+    What `live` gives goes along with a report as it is then: it has no number and is not kept.
+    """
+
+    def __init__(self, live: Callable[[], list[Header]] = list) -> None:
+        self._live = live
         self._messages: deque[tuple[int, Header]] = deque()
         self._changed = threading.Condition()
         self._next = 1
@@ -79,7 +86,8 @@ class Outbox:
         sent = 0
         while self._watcher is connection:
             batch = self._gather(sent)
-            connection.send({"last": batch[-1][0] if batch else sent, "messages": [message for _, message in batch]})
+            messages = [*(message for _, message in batch), *self._live()]
+            connection.send({"last": batch[-1][0] if batch else sent, "messages": messages})
             sent = batch[-1][0] if batch else sent
             self.watched_at = time.monotonic()
 
@@ -109,7 +117,8 @@ class Agent:
     ) -> None:
         """disk: URL of the node's own directory and the job's name there; without such a tier empty."""
         self.node = node
-        self.outbox = Outbox()
+        self.throttle, self.uploads = Throttle(), Uploads()
+        self.outbox = Outbox(self._live)
         self.vault = Vault(node, self._give_back)
         self.verified = Verified(self.vault)
         store = open_store(store_url)
@@ -120,7 +129,9 @@ class Agent:
         if self.disk is not None:
             on_disk = self.disk
             places[Where.DISK] = lambda: on_disk.store
-        self.writer = Writer(self.vault, places, token, self._report)
+        self.writer = Writer(
+            self.vault, places, token, self._report, throttle=self.throttle, uploads=self.uploads
+        )
         self._links: dict[str, Connection] = {}
         self._closing = False
         self._server = Server(host, token, self._serve)
@@ -129,6 +140,7 @@ class Agent:
     def close(self) -> None:
         """End the server and give the memory back."""
         self._closing = True
+        self.throttle.hurry()
         self._server.close()
         self.verified.stop()
         self.writer.close()
@@ -141,6 +153,9 @@ class Agent:
         if ref is not None:  # of a part on disk nobody needs it: there is no commit
             message["ref"] = codec.to_json(ref)
         self.outbox.put(message, urgent=ref is not None)  # a commit waits for it
+
+    def _live(self) -> list[Header]:
+        return [{"upload": codec.to_json(upload)} for upload in self.uploads.news()]
 
     def _give_back(self, worker: str, slot: int, path: str) -> None:
         link = self._links.get(worker)
@@ -155,6 +170,9 @@ class Agent:
         if header["op"] == "worker":
             self._serve_worker(connection, header["worker"])
         elif header["op"] == "watch":
+            if "overhead" in header:
+                self.throttle.allow(header["overhead"], header["wait_most_s"] or math.inf)
+            self.uploads.again()
             self.outbox.serve(connection)
         else:
             self._serve_peer(connection, header)
@@ -174,6 +192,7 @@ class Agent:
     def _from_worker(self, connection: Connection, worker: str, header: Header) -> None:
         match header["op"]:
             case "step":
+                self.throttle.stepped(worker, header["record"]["took_s"])
                 self.outbox.put({"record": {"type": Stepped.__name__, "at": header["at"], "record": header["record"]}})
             case "staged":
                 self._staged(worker, header)
@@ -268,6 +287,7 @@ class Agent:
         parts on disk say of the steps before it may never have reached the journal: the supervisor that was told is gone."""
         self.vault.begin(keep)
         self.verified.begin(keep)
+        self.throttle.restart()
         try:
             for record in self.disk.records(keep) if self.disk and keep else ():
                 self.outbox.put({"witness": codec.to_json(record)})

@@ -247,8 +247,8 @@ class Performer:
         self._host.post(NodeJoined(time.time(), node))
 
     def _join(self, node: str, handle: Any, said: dict[str, Any]) -> None:
-        watch = Watch(node, said["address"], self._token, silent_s=self._job.recovery.silent_s,
-                      heard=self._host.heard, lost=self._node_lost)  # fmt: skip
+        watch = Watch(node, said["address"], self._token, silent_s=self._job.recovery.silent_s, heard=self._host.heard,
+                      overhead=self._job.overhead, rpo_s=self._job.rpo_s, lost=self._node_lost)  # fmt: skip
         self._agents[node] = AgentRef(node, handle, said["address"], watch, domain_of(said["labels"]))
 
     def _node_lost(self, node: str, how: str) -> None:

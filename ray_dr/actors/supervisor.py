@@ -61,11 +61,13 @@ from ray_dr.model.recovery import (
     WorkerLost,
     WorkerRaised,
 )
+from ray_dr.model.upload import Upload
 from ray_dr.recovery.groups import group_of
 from ray_dr.recovery.machine import initial, step
 from ray_dr.recovery.policy import policy_of
 from ray_dr.stores.unconditional import GUARANTEE
 from ray_dr.telemetry.journal import Journal, last_attempt
+from ray_dr.telemetry.live import Live
 from ray_dr.telemetry.tiers import Completeness
 
 TICK_S = 0.1
@@ -119,6 +121,7 @@ class Host:
         self.journal = Journal(self.store, job.name, self.term, clock=time.time)
         self.perform = Performer(self, train, token)
         self._tuning = Tuning(self)
+        self._live = Live(self.store, job.name, self.term, clock=time.time)
         self._doubt(first)
         if job.second is not None:
             self._open_second(job.second)
@@ -161,7 +164,7 @@ class Host:
             "phase": type(self.state.phase).__name__, "attempt": self.state.attempt, "step": self.progress.step,
             "world": len(group.members) if group else 0, "nodes": [node.id for node in self.state.nodes],
             "incidents": self.state.incidents, "term": self.term, "tiers": self._tiers(), "journal_lag_s": self.journal.lag_s,
-            "over": self._over.is_set(),
+            "over": self._over.is_set(), **codec.to_json(self._live.view()),
         }  # fmt: skip
 
     def _tiers(self) -> dict[str, Any]:
@@ -272,6 +275,7 @@ class Host:
     def _close(self) -> None:
         self.perform.close()
         self.journal.close()
+        self._live.close()
         self._over.set()
 
     def begin(self, group: Group) -> None:
@@ -279,6 +283,7 @@ class Host:
         self.progress.begin(group.attempt, len(group.members), group.restore.step if group.restore else 0)
         self.pace.restart()
         self.complete = self.complete.begin(group.restore)
+        self._live.begin()
 
     # -- what agents report
 
@@ -288,6 +293,8 @@ class Host:
                 self._record(codec.from_json(Record, message["record"]), message.get("ref"))
             elif "witness" in message:
                 self._stepped(Stepped(time.time(), codec.from_json(StepRecord, message["witness"])))
+            elif "upload" in message:
+                self._live.heard(codec.from_json(Upload, message["upload"]))
             elif "event" in message:
                 event: Event = codec.from_json(Event, message["event"])
                 if isinstance(event, WorkerRaised) and event.unreadable:

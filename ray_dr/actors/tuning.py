@@ -48,7 +48,8 @@ class Tuning:
         if cadence is not None:
             host.note("cadence.changed", memory_every=cadence.memory_every, store_every=cadence.store_every,
                       disk_every=cadence.disk_every, second_every=cadence.second_every,
-                      from_step=cadence.from_step, step_s=pace.step_s, cost_s=pace.cost_s, reason=pace.reason(host.job, current))  # fmt: skip
+                      from_step=cadence.from_step, step_s=pace.step_s, cost_s=pace.cost_s,
+                      reason=pace.reason(host.job, current))  # fmt: skip
             host.perform.set_cadence(group, cadence)
         self._tell(pace.unmet(host.job, cadence or current))
 

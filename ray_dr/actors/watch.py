@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -13,17 +14,25 @@ from ray_dr.stores.wire import Connection, connect
 Message = dict[str, Any]
 
 
-class Watch:
-    """Calls `heard(node, messages, last)` for every report and `lost(node, how)` once, when the agent is gone or silent."""
+WAIT_SHARE = 0.1
+"""Of a recovery point objective, what a save may wait so that training is not slowed."""
 
-    def __init__(self, node: str, address: str, token: bytes, *, silent_s: float,
+
+class Watch:
+    """Calls `heard(node, messages, last)` for every report and `lost(node, how)` once, when the agent is gone or silent.
+
+    overhead, rpo_s   the job's: by them the agent's background work gives way to training
+    """
+
+    def __init__(self, node: str, address: str, token: bytes, *, silent_s: float, overhead: float, rpo_s: float,
                  heard: Callable[[str, list[Message], int], None], lost: Callable[[str, str], None]) -> None:  # fmt: skip
         self.node, self._heard, self._lost = node, heard, lost
         self._silent_s = silent_s
         self._closed = False
         self._connection: Connection = connect(address, token)
         self._connection.timeout(silent_s)
-        self._connection.send({"op": "watch"})
+        wait_most_s = rpo_s * WAIT_SHARE if rpo_s < math.inf else None
+        self._connection.send({"op": "watch", "overhead": overhead, "wait_most_s": wait_most_s})
         threading.Thread(target=self._listen, name=f"watch-{node[:8]}", daemon=True).start()
 
     def ack(self, last: int) -> None:

@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+from ray_dr.checkpoint.throttle import Throttle
+from ray_dr.checkpoint.uploads import Uploads
 from ray_dr.checkpoint.vault import Holding
 from ray_dr.errors import CheckpointError, StoreError
 from ray_dr.model.checkpoint import Chunk, Part, PartRef
@@ -67,7 +69,8 @@ class ChunkStream:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """A part on its way to a place. `part` may have no chunks yet: `chunks` are them. `job` and `term` are those there."""
+    """A part on its way to a place. `part` may have no chunks yet: `chunks` are them. `job` and `term` are those there.
+    `forced`: somebody waits for it, and it gives way to nothing."""
 
     holding: Holding
     part: Part
@@ -75,6 +78,7 @@ class Load:
     staged_at: float
     job: str
     term: int
+    forced: bool = False
 
 
 class Lane:
@@ -86,10 +90,11 @@ class Lane:
     """
 
     def __init__(
-        self, where: Where, open_it: Callable[[], Store], node: str, *, logged: bool,
+        self, where: Where, open_it: Callable[[], Store], node: str, *, logged: bool, throttle: Throttle, uploads: Uploads,
         report: Callable[[PartSaved, PartRef], None], note: Callable[..., None], done: Callable[[Load], None],
     ) -> None:  # fmt: skip
         self.where, self._open_it, self._node, self._logged = where, open_it, node, logged
+        self._throttle, self._uploads = throttle, uploads
         self._report, self._note, self._done = report, note, done
         self._store: Store | None = None
         self._known = KnownChunks()
@@ -144,10 +149,17 @@ class Lane:
             self._store = self._open_it()
         store = self._store
         log = self._logs.setdefault(load.job, CommitLog(store, load.job)) if self._logged else None
-        saved = save_part(
-            store, log, load.job, load.part, load.holding.view, term=load.term, known=self._known,
-            pool=self._putting, chunks=load.chunks,
-        )  # fmt: skip
+        with self._uploads.under_way(load.part) as upload:
+            turn = self._throttle.save(forced=load.forced)
+
+            def passed(done: int, sent: int) -> None:
+                upload.put(done, sent)
+                turn.pass_chunk()
+
+            saved = save_part(
+                store, log, load.job, load.part, load.holding.view, term=load.term, known=self._known,
+                pool=self._putting, chunks=load.chunks, each=passed,
+            )  # fmt: skip
         now, part = time.time(), load.part
         record = PartSaved(
             now, part.version, part.rank, part.world, self.where, self._node, part.size,

@@ -17,6 +17,8 @@ from typing import Any
 from ray_dr.checkpoint.described import describe
 from ray_dr.checkpoint.lane import ChunkStream, Lane, Load
 from ray_dr.checkpoint.sealing import Sealer
+from ray_dr.checkpoint.throttle import Throttle
+from ray_dr.checkpoint.uploads import Uploads
 from ray_dr.checkpoint.vault import Holding, Vault
 from ray_dr.errors import CheckpointError, NotFound, StoreError
 from ray_dr.model.checkpoint import Chunk, Part, PartRef, VersionId
@@ -98,8 +100,10 @@ class Writer:
     places   how to open the store of each place; the local disk has no commit log
     """
 
-    def __init__(self, vault: Vault, places: Mapping[Where, Callable[[], Store]], token: bytes, report: Report) -> None:
+    def __init__(self, vault: Vault, places: Mapping[Where, Callable[[], Store]], token: bytes, report: Report, *,
+                 throttle: Throttle | None = None, uploads: Uploads | None = None) -> None:  # fmt: skip
         self._vault, self._token, self._report = vault, token, report
+        self._throttle, self._uploads = throttle or Throttle(), uploads or Uploads()
         self._peers: dict[str, Connection] = {}
         self._sealer = Sealer()
         self._sealing: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
@@ -110,8 +114,11 @@ class Writer:
         threading.Thread(target=self._seal_loop, name="writer-seal", daemon=True).start()
 
     def _lane(self, where: Where, open_it: Callable[[], Store]) -> Lane:
-        logged = where is not Where.DISK
-        return Lane(where, open_it, self._vault.node, logged=logged, report=self._report, note=self._note, done=self._through)
+        return Lane(
+            where, open_it, self._vault.node, logged=where is not Where.DISK, throttle=self._throttle,
+            uploads=self._uploads if where is Where.STORE else Uploads(),
+            report=self._report, note=self._note, done=self._through,
+        )  # fmt: skip
 
     def submit(self, task: Task) -> None:
         """Take a staged part on; returns at once. The holding was staged with one reader, which ends here."""
@@ -137,7 +144,7 @@ class Writer:
             return False  # overtaken in this very moment
         assert holding.part is not None
         chunks = ChunkStream(holding.part.chunks)
-        taken = self._load(self._lanes[where].enqueue, Load(holding, holding.part, chunks, time.time(), *there))
+        taken = self._load(self._lanes[where].enqueue, Load(holding, holding.part, chunks, time.time(), *there, forced=True))
         self._vault.done(holding)
         return taken
 

@@ -5,6 +5,7 @@
     jobs/<job>/parts/<save>/r<rank>-<digest>.json        part lists, named by the first half of their BLAKE3 hash
     jobs/<job>/chunks/<save>/<id>                        bytes, named by their BLAKE3 hash and the save that put them
     jobs/<job>/journal/<term>-<segment>.jsonl            journal segments
+    jobs/<job>/live.json                                 what goes on now, overwritten by `telemetry.live`
     keys/<data key>-<wrapper>.json                       of an encrypted store only, written by `stores.keys`
 
 <save> is <attempt>-<step>-<term>. A later save of the job, or of another one (see `sharing`), may reuse its chunks; when

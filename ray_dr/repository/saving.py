@@ -39,6 +39,7 @@ def save_part(
     known: KnownChunks,
     pool: Executor | None = None,
     chunks: Iterable[Chunk] | None = None,
+    each: Callable[[int, int], None] = lambda done, sent: None,
 ) -> SavedPart:
     """Store a sealed part (its chunks have their ids) whose bytes are `stream`.
 
@@ -50,6 +51,8 @@ def save_part(
     log      None: nothing is reused
     pool     puts several chunks at a time; none is under way any more when this returns or raises
     chunks   the part's chunks as they are sealed, where `part` has none yet: each is put when it comes
+    each   is told (bytes that are there, bytes of them that moved), first of what is reused, then of each chunk by the thread
+           that put it
     """
     base, there = _reusable(store, log, part) if log else ("", {})
     folder = save_folder(part.version, term)
@@ -59,11 +62,18 @@ def save_part(
         seen = set(there)
         for chunk in part.chunks if chunks is None else chunks:
             placed.append(replace(chunk, folder=there.get(chunk.id, folder)))
-            if chunk.id not in seen:
-                seen.add(chunk.id)
-                yield placed[-1]
+            if chunk.id in seen:
+                each(chunk.size, 0)
+                continue
+            seen.add(chunk.id)
+            yield placed[-1]
 
-    sent = _put_all(new(), lambda chunk: _put(store, job, chunk, stream, known), pool)
+    def put(chunk: Chunk) -> int:
+        moved = _put(store, job, chunk, stream, known)
+        each(chunk.size, moved)
+        return moved
+
+    sent = _put_all(new(), put, pool)
     reuses = any(chunk.id in there for chunk in placed)
     listed = replace(part, chunks=tuple(placed))
     return SavedPart(write_part(store, job, listed, term=term, base=base if reuses else ""), sent)

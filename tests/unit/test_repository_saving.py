@@ -40,13 +40,16 @@ class Watched(MemoryStore):
         super().put(key, data, if_absent=if_absent)
 
 
-def save(store: MemoryStore, pool: ThreadPoolExecutor, known: KnownChunks) -> SavedPart:
+def save(
+    store: MemoryStore, pool: ThreadPoolExecutor, known: KnownChunks, told: list[tuple[int, int]] | None = None
+) -> SavedPart:
     cut = range(0, len(DATA), PIECE)
     chunks = tuple(Chunk(chunk_id(DATA[at : at + PIECE]), at, PIECE) for at in cut)
     part = Part(VersionId(1, 1), 0, 1, len(DATA), (), chunks)
     log = CommitLog(store, "j")
     log.take_term("a", 0.0)
-    return save_part(store, log, "j", part, memoryview(DATA), term=1, known=known, pool=pool)
+    return save_part(store, log, "j", part, memoryview(DATA), term=1, known=known, pool=pool,
+                     each=lambda done, sent: (told if told is not None else []).append((done, sent)))  # fmt: skip
 
 
 def lists(store: MemoryStore) -> list[str]:
@@ -95,3 +98,14 @@ def test_a_pool_that_is_closed_in_the_middle_leaves_no_list() -> None:
     assert len(errors) == 1
     assert "closing" in str(errors[0])
     assert lists(store) == []
+
+
+def test_each_chunk_is_told_once_and_whether_it_moved() -> None:
+    known, first, again = KnownChunks(), [], []
+    with ThreadPoolExecutor(THREADS) as pool:
+        store = Watched()
+        save(store, pool, known, first)
+        save(store, pool, known, again)
+    assert first == [(PIECE, PIECE)] * CHUNKS
+    assert [done for done, _ in again] == [0] + [PIECE] * CHUNKS
+    assert sum(sent for _, sent in again) == 0

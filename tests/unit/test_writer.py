@@ -17,6 +17,7 @@ from ray_dr.actors.node_agent import Agent
 from ray_dr.checkpoint import writer as writing
 from ray_dr.checkpoint.memory import attach
 from ray_dr.checkpoint.sealing import Sealer
+from ray_dr.checkpoint.throttle import Turn
 from ray_dr.checkpoint.vault import GIVE_UP_S, Vault
 from ray_dr.checkpoint.writer import Places, Task, Writer
 from ray_dr.errors import NotFound
@@ -133,6 +134,28 @@ def test_a_save_reaches_memory_the_peer_and_the_store(bench: Bench, peer: Agent)
     with pytest.raises(NotFound):
         reader.part(VersionId(1, 2), 0)
     reader.close()
+
+
+def test_a_save_to_the_store_is_seen_on_its_way_and_passes_the_throttle(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    passed: list[bool] = []
+    monkeypatch.setattr(Turn, "pass_chunk", lambda turn: passed.append(turn._forced))
+    bench.save(1, to_store=True)
+    assert bench.writer.drain(WAIT_S)
+    (upload,) = bench.writer._uploads.news()
+    assert (upload.version, upload.outcome) == (VersionId(1, 1), "stored")
+    assert (upload.size, upload.done, upload.sent) == (SIZE, SIZE, SIZE)
+    assert passed == [False] * 2, "for each of two chunks"
+    assert bench.writer.store_again(VersionId(1, 1), STORE) == 1
+    assert bench.writer.drain(WAIT_S)
+    assert passed[2:] == [True] * 2, "somebody waits for it"
+
+
+def test_a_save_the_store_refuses_is_seen_as_failed(bench: Bench) -> None:
+    bench.store.unavailable = True
+    bench.save(1, to_store=True)
+    assert bench.writer.drain(WAIT_S)
+    (upload,) = bench.writer._uploads.news()
+    assert upload.outcome == "failed"
 
 
 class Tamperer:
