@@ -116,6 +116,7 @@ class Fence:
             if isinstance(value, torch.optim.Optimizer) and id(value) not in self._optimizers:
                 self._optimizers[id(value)] = value
                 self._hooks.append(value.register_step_pre_hook(self._before_step))
+        self._thread.submit(int)  # starts it now: the first save would wait for that
 
     def stage(self, plan: SavePlan, flat: Flat, slot: memoryview, parcel: Parcel, *, begun: float, behind: bool) -> None:
         """Copy a state into `slot` and hand it over. `begun`: when training stopped for that (monotonic seconds);

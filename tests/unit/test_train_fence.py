@@ -481,8 +481,8 @@ def test_a_small_state_needs_no_thread(agent: Agent, link: Tapped, gate: Gate, m
     optimizer = Adam(model.parameters(), 0.1)
     ctx = context(agent, link, gate)
     state = ctx.restore(model=model, optimizer=optimizer)
+    ctx._fence._thread.shutdown()  # takes no more work
     assert link.saves == train(ctx, state, stepping(model, optimizer))
-    assert not ctx._fence._thread._threads
 
 
 @pytest.mark.gpu
