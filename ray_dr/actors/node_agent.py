@@ -55,10 +55,11 @@ READ_MAX_BYTES = 64 * 2**20
 class Outbox:
     """Numbered messages for the supervisor, kept until it has written them down. Bounded: then the oldest steps go.
 
-    What `live` gives goes along with a report as it is then: it has no number and is not kept.
+    What is `live` goes along with a report as it is then, without a number, and is not kept: `live` gives for each who
+    watches what tells the news since it was last asked.
     """
 
-    def __init__(self, live: Callable[[], list[Header]] = list) -> None:
+    def __init__(self, live: Callable[[], Callable[[], list[Header]]] = lambda: list) -> None:
         self._live = live
         self._messages: deque[tuple[int, Header]] = deque()
         self._changed = threading.Condition()
@@ -83,10 +84,10 @@ class Outbox:
             self._watcher = connection
             self._changed.notify_all()
         threading.Thread(target=self._acks, args=(connection,), name="acks", daemon=True).start()
-        sent = 0
+        sent, live = 0, self._live()
         while self._watcher is connection:
             batch = self._gather(sent)
-            messages = [*(message for _, message in batch), *self._live()]
+            messages = [*(message for _, message in batch), *live()]
             connection.send({"last": batch[-1][0] if batch else sent, "messages": messages})
             sent = batch[-1][0] if batch else sent
             self.watched_at = time.monotonic()
@@ -154,8 +155,9 @@ class Agent:
             message["ref"] = codec.to_json(ref)
         self.outbox.put(message, urgent=ref is not None)  # a commit waits for it
 
-    def _live(self) -> list[Header]:
-        return [{"upload": codec.to_json(upload)} for upload in self.uploads.news()]
+    def _live(self) -> Callable[[], list[Header]]:
+        news = self.uploads.listener()
+        return lambda: [{"upload": codec.to_json(upload)} for upload in news()]
 
     def _give_back(self, worker: str, slot: int, path: str) -> None:
         link = self._links.get(worker)
@@ -172,7 +174,6 @@ class Agent:
         elif header["op"] == "watch":
             if "overhead" in header:
                 self.throttle.allow(header["overhead"], header["wait_most_s"] or math.inf)
-            self.uploads.again()
             self.outbox.serve(connection)
         else:
             self._serve_peer(connection, header)

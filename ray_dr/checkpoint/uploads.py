@@ -23,16 +23,15 @@ class Uploads:
     ) -> None:
         self._clock, self._monotonic = clock, monotonic
         self._lock = threading.Lock()
-        self._newest: dict[int, Upload] = {}
-        self._changed: set[int] = set()
-        self._urgent = False
-        self._told_at = 0.0
+        self._newest: dict[int, tuple[int, Upload]] = {}  # rank -> number of the change, what it made
+        self._changes = self._urgent = 0
 
     @contextlib.contextmanager
     def under_way(self, part: Part) -> Iterator[UnderWay]:
         """A part sets out for the store; it replaces what was told of the same rank before. An error ends it as failed."""
         now = self._clock()
-        self._tell(Upload(part.version, part.rank, part.world, part.size, 0, 0, now, now))
+        with self._lock:
+            self._change(Upload(part.version, part.rank, part.world, part.size, 0, 0, now, now), urgent=True)
         try:
             yield UnderWay(self, part)
         except BaseException:
@@ -40,40 +39,37 @@ class Uploads:
             raise
         self._add(part, 0, 0, "stored")
 
-    def news(self) -> tuple[Upload, ...]:
-        """What changed since the last call that gave anything; nothing as long as that is too soon."""
-        now = self._monotonic()
-        with self._lock:
-            if not self._changed or (now - self._told_at < TOLD_S and not self._urgent):
-                return ()
-            told = tuple(self._newest[rank] for rank in sorted(self._changed))
-            self._changed.clear()
-            self._urgent, self._told_at = False, now
+    def listener(self) -> Callable[[], tuple[Upload, ...]]:
+        """For one who listens: each call gives what changed since the last that gave anything, at first everything; nothing as
+        long as that is too soon."""
+        seen, told_at = 0, float("-inf")
+
+        def news() -> tuple[Upload, ...]:
+            nonlocal seen, told_at
+            now = self._monotonic()
+            with self._lock:
+                if self._changes == seen or (now - told_at < TOLD_S and self._urgent <= seen):
+                    return ()
+                told = tuple(upload for number, upload in self._newest.values() if number > seen)
+                seen, told_at = self._changes, now
             return told
 
-    def again(self) -> None:
-        """Somebody new listens: everything is news."""
-        with self._lock:
-            self._changed, self._urgent = set(self._newest), bool(self._newest)
-
-    def _tell(self, upload: Upload) -> None:
-        with self._lock:
-            self._newest[upload.rank] = upload
-            self._changed.add(upload.rank)
-            self._urgent = True
+        return news
 
     def _add(self, part: Part, done: int, sent: int, outcome: str = "") -> None:
         """More of a part is there; nothing is told of one that was replaced meanwhile."""
         with self._lock:
-            known = self._newest[part.rank]
+            known = self._newest[part.rank][1]
             if known.version != part.version or known.outcome:
                 return
-            now = max(known.at, self._clock())
-            self._newest[part.rank] = replace(
-                known, done=known.done + done, sent=known.sent + sent, at=now, outcome=outcome
-            )
-            self._changed.add(part.rank)
-            self._urgent |= bool(outcome)
+            at = max(known.at, self._clock())
+            now = replace(known, done=known.done + done, sent=known.sent + sent, at=at, outcome=outcome)
+            self._change(now, urgent=bool(outcome))
+
+    def _change(self, upload: Upload, *, urgent: bool) -> None:
+        self._changes += 1
+        self._newest[upload.rank] = self._changes, upload
+        self._urgent = self._changes if urgent else self._urgent
 
 
 class UnderWay:

@@ -141,7 +141,7 @@ def test_a_save_to_the_store_is_seen_on_its_way_and_passes_the_throttle(bench: B
     monkeypatch.setattr(Turn, "pass_chunk", lambda turn: passed.append(turn._forced))
     bench.save(1, to_store=True)
     assert bench.writer.drain(WAIT_S)
-    (upload,) = bench.writer._uploads.news()
+    (upload,) = bench.writer._uploads.listener()()
     assert (upload.version, upload.outcome) == (VersionId(1, 1), "stored")
     assert (upload.size, upload.done, upload.sent) == (SIZE, SIZE, SIZE)
     assert passed == [False] * 2, "for each of two chunks"
@@ -154,7 +154,7 @@ def test_a_save_the_store_refuses_is_seen_as_failed(bench: Bench) -> None:
     bench.store.unavailable = True
     bench.save(1, to_store=True)
     assert bench.writer.drain(WAIT_S)
-    (upload,) = bench.writer._uploads.news()
+    (upload,) = bench.writer._uploads.listener()()
     assert upload.outcome == "failed"
 
 
