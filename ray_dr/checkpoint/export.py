@@ -32,7 +32,6 @@ def export_safetensors(
     sources: Mapping[int, Sequence[Source]],
     *,
     on_corrupt: Callable[[CorruptChunk], None],
-    threads: int = 2,
 ) -> dict[str, int]:
     """Write all tensors of a version to `path`, and say how many bytes were read from each kind of source.
 
@@ -43,7 +42,7 @@ def export_safetensors(
     header = _header(boxes, {name: value for part in parts for name, value in part.scalars.items()})
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        counted = _fill(unfinished, header, boxes, parts, sources, on_corrupt, threads)
+        counted = _fill(unfinished, header, boxes, parts, sources, on_corrupt)
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
@@ -79,7 +78,6 @@ def _fill(
     parts: Sequence[Part],
     sources: Mapping[int, Sequence[Source]],
     on_corrupt: Callable[[CorruptChunk], None],
-    threads: int,
 ) -> dict[str, int]:
     size = len(header) + sum(box.size for box in boxes)
     with path.open("w+b") as file:
@@ -89,7 +87,7 @@ def _fill(
         mapped = mmap.mmap(file.fileno(), size)
         mapped[: len(header)] = header
         buffers = _buffers(memoryview(mapped)[len(header) :], boxes)
-        counted = read_state(parts, buffers, sources, threads=threads, on_corrupt=on_corrupt)
+        counted = read_state(parts, buffers, sources, on_corrupt=on_corrupt)
         mapped.flush()
         os.fsync(file.fileno())
     return counted

@@ -31,7 +31,6 @@ def export_dcp(
     sources: Mapping[int, Sequence[Source]],
     *,
     on_corrupt: Callable[[CorruptChunk], None],
-    threads: int = 2,
 ) -> dict[str, int]:
     """Write a version to `folder`, and say how many bytes were read from each kind of source.
 
@@ -43,7 +42,7 @@ def export_dcp(
     boxes = [index.box(name) for name in index.shards]
     tensors = {box.name: torch.empty(box.global_shape, dtype=getattr(torch, box.dtype)) for box in boxes}
     buffers = {box: bytes_of(tensors[box.name]) for box in boxes if box.size}
-    counted = read_state(parts, buffers, sources, threads=threads, on_corrupt=on_corrupt)
+    counted = read_state(parts, buffers, sources, on_corrupt=on_corrupt)
     scalars = {name: value for part in parts for name, value in part.scalars.items()}
     state = {name: decode(_plain(value), tensors) for name, value in objects_of(scalars, tensors).items()}
     unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
