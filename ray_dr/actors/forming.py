@@ -157,7 +157,7 @@ class Forming:
                     tuple(self._agents[node].address for node in keepers[ref.node]), origin, self.cadence,
                     self._job.backend, self._job.deterministic, self._job.seed, w.nodes_max * w.per_node,
                     self._job.store.url, dict(self._job.settings), terms, disk,
-                    self._job.second.url if self._job.second else "",
+                    self._job.second.url if self._job.second else "", sum(other.node == ref.node for other in refs),
                 )
             )  # fmt: skip
         return out

@@ -4,7 +4,8 @@ It is a process of its own, so a snapshot outlives the worker that took it. Work
 through one authenticated server (`stores.wire`); a closed connection is the fastest news of a death there is.
 
     worker      "worker" then "pool", "staged", "step", "record", "event"; the agent answers "pool" and "free"
-    peer        "hold" (a copy arrives), "part", "place", "read" (a restore reads)
+    restore     "part", "place", "read" (from anywhere); "share", "take" (by ranks of this node: `shared_fetch`)
+    peer        "hold" (a copy arrives)
     supervisor  "watch": from then on reports flow, each with a number; "ack" lets the agent forget them
 """
 
@@ -27,6 +28,7 @@ from blake3 import blake3
 from ray_dr.checkpoint.described import describe, parse
 from ray_dr.checkpoint.local_disk import LocalDisk
 from ray_dr.checkpoint.reader import StoreSource
+from ray_dr.checkpoint.shared_fetch import SharedFetch
 from ray_dr.checkpoint.throttle import Throttle
 from ray_dr.checkpoint.uploads import Uploads
 from ray_dr.checkpoint.vault import Holding, Vault
@@ -133,6 +135,7 @@ class Agent:
         self.writer = Writer(
             self.vault, places, token, self._report, throttle=self.throttle, uploads=self.uploads
         )
+        self.shared = SharedFetch(token, (store,))
         self._links: dict[str, Connection] = {}
         self._closing = False
         self._server = Server(host, token, self._serve)
@@ -143,6 +146,7 @@ class Agent:
         self._closing = True
         self.throttle.hurry()
         self._server.close()
+        self.shared.close()
         self.verified.stop()
         self.writer.close()
         self.vault.close()
@@ -168,13 +172,15 @@ class Agent:
     # -- inwards
 
     def _serve(self, connection: Connection) -> None:
-        header, _ = connection.receive()
+        header, size = connection.receive()
         if header["op"] == "worker":
             self._serve_worker(connection, header["worker"])
         elif header["op"] == "watch":
             if "overhead" in header:
                 self.throttle.allow(header["overhead"], header["wait_most_s"] or math.inf)
             self.outbox.serve(connection)
+        elif header["op"] in ("share", "take"):
+            self.shared.serve(connection, header, size)
         else:
             self._serve_peer(connection, header)
 

@@ -12,7 +12,7 @@ import bisect
 import functools
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
@@ -33,6 +33,9 @@ THREADS: Mapping[Kind, int] = {"memory": 2, "peer": 4, "store": 8}
 """Reading threads per kind of source."""
 GAP_BYTES = 4096
 """Bytes between two places that are read for nothing, rather than all of the chunk being copied once more."""
+
+TURN_CHUNKS = 16
+"""Readers in turn are about so many chunks apart: enough to be fetched at a time, few enough to be kept meanwhile."""
 
 
 class Source(Protocol):
@@ -107,6 +110,12 @@ class StoreSource:
         chunks = sorted(self.part.chunks, key=lambda chunk: chunk.at)
         return chunks, [chunk.at for chunk in chunks]
 
+    def chunk_at(self, at: int) -> Chunk | None:
+        """The chunk that begins at this place of the stream, with the save that put it."""
+        chunks, starts = self._placed
+        number = bisect.bisect_left(starts, at)
+        return chunks[number] if number < len(starts) and starts[number] == at else None
+
     def read(self, rank: int, start: int, into: memoryview) -> None:
         """Fill `into` from the chunks that hold the run."""
         chunks, starts = self._placed
@@ -126,6 +135,7 @@ def read_state(
     threads: int | None = None,
     on_corrupt: Callable[[CorruptChunk], None],
     on_unreadable: Callable[[Source, Exception], None] | None = None,
+    turn: tuple[int, int] = (0, 1),
 ) -> dict[str, int]:
     """Fill the wanted boxes' bytes, and say how many bytes were read from each kind of source.
 
@@ -133,6 +143,7 @@ def read_state(
     sources        per rank of part, nearest first; a chunk is taken from the first that gives it unharmed
     threads        None: as many as the kinds of the nearest sources are worth
     on_corrupt     told of each bad copy; on_unreadable of each copy that could not be read; from a reading thread
+    turn           (n, of): the n-th, from 0, of so many readers that share what they fetch; they begin at different chunks
     Raises CheckpointError when a chunk has no good copy left: then some buffers are already overwritten. Also when the
     parts do not cover the wanted boxes: then nothing was read.
     """
@@ -141,7 +152,8 @@ def read_state(
             raise ValueError(f"{box.name}: a buffer of {view.nbytes} bytes for a box of {box.size}")
     reads = plan_restore(parts, wanted)
     buffers = {box: view.cast("B") for box, view in wanted.items() if view.nbytes}
-    jobs = deque(_Job(part.rank, chunk, pieces) for part in parts for chunk, pieces in reads_by_chunk(part, reads))
+    in_order = [_Job(part.rank, chunk, pieces) for part in parts for chunk, pieces in reads_by_chunk(part, reads)]
+    jobs = deque(_in_turn(in_order, *turn))
     fetch = _Fetch(buffers, sources, on_corrupt, on_unreadable or _ignore)
     total: Counter[str] = Counter()
     count = max(1, min(threads or _worth(sources), len(jobs)))
@@ -293,6 +305,14 @@ def copy_runs(read: Read, data: memoryview, into: memoryview, *, at: int = 0) ->
     found: np.ndarray[tuple[int, int], np.dtype[np.uint8]]
     found = np.ndarray(shape, np.uint8, data, read.start - at, (read.stride, 1))
     np.copyto(np.ndarray(shape, np.uint8, into, read.into, (read.into_stride, 1)), found)
+
+
+def _in_turn(jobs: Sequence[_Job], turn: int, of: int) -> Iterator[_Job]:
+    """All jobs in order, but that each run of TURN_CHUNKS begins at another of them for each turn."""
+    for first in range(0, len(jobs), TURN_CHUNKS):
+        run = jobs[first : first + TURN_CHUNKS]
+        begin = turn * len(run) // of
+        yield from (*run[begin:], *run[:begin])
 
 
 def _next(jobs: deque[_Job]) -> _Job | None:

@@ -48,6 +48,7 @@ class Assignment:
     disk          the part of the local disk that is this life's of the job: (URL, name there); empty without such a tier
     second_url    the second store; empty without one
     world_most    the most workers the job can ever have: the default number of micro-batches when deterministic
+    local_world   how many of the attempt's workers are on this one's node
     """
 
     job: str
@@ -70,3 +71,4 @@ class Assignment:
     terms: dict[str, int] = field(default_factory=dict)
     disk: tuple[str, ...] = ()
     second_url: str = ""
+    local_world: int = 1

@@ -103,7 +103,8 @@ class VersionSaved:
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """One rank took its state back. `sources`: bytes read per kind of source (memory, peer, disk, store, ...)."""
+    """One rank took its state back. `sources`: bytes read per kind of source (memory, peer, disk, store, second); "shared":
+    another rank of the node had fetched them from a peer or a store already, so that they count once per node there."""
 
     at: float
     attempt: int

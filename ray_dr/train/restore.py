@@ -14,6 +14,7 @@ from ray_dr.checkpoint.local_disk import LocalDisk
 from ray_dr.checkpoint.memory import attach
 from ray_dr.checkpoint.reader import Kind, MemorySource, Source, StoreSource, read_state
 from ray_dr.checkpoint.restore_plan import build_index, plan_restore
+from ray_dr.checkpoint.shared_source import Sharing
 from ray_dr.errors import CheckpointError, CorruptChunk, NoCheckpoint, StoreError
 from ray_dr.model.attempt import Assignment, Origin
 from ray_dr.model.checkpoint import Box, Part, PartRef
@@ -38,7 +39,12 @@ def restore(a: Assignment, objects: Mapping[str, Any], token: bytes, store: Stor
         buffers, late = _buffers(target)
         needed = {read.rank for read in plan_restore(parts, buffers)}
         sources = {part.rank: readers.sources(part, store) for part in parts if part.rank in needed}
-        counted = read_state(parts, buffers, sources, on_corrupt=lambda error: _note(link, a, error))
+        with Sharing(a.agent, token, restore=str(a.attempt), local=a.local_rank, of=a.local_world) as sharing:
+            sources = sharing.join(parts, buffers, sources)
+            counted = read_state(
+                parts, buffers, sources, on_corrupt=lambda error: _note(link, a, error), turn=sharing.turn
+            )
+            counted = sharing.recount(counted)
         fetched = time.monotonic()
         for tensor, staged in late:
             tensor.copy_(staged)

@@ -76,7 +76,7 @@ class Ranks:
             assignment = Assignment(
                 "job", attempt, f"worker-{attempt}-{rank}", rank, world, rank, self._rendezvous[0],
                 self.agent.address, (), origin, cadence, "gloo", deterministic, seed, 4, self._store_url, settings,
-                {"store": 1},
+                {"store": 1}, local_world=world,
             )  # fmt: skip
             self._pipes[rank].send((assignment, program))
         answers = [attempted(pipe) for pipe in self._pipes[:world]]
