@@ -3,9 +3,9 @@
 It is a process of its own, so a snapshot outlives the worker that took it. Workers, peers and the supervisor reach it
 through one authenticated server (`stores.wire`); a closed connection is the fastest news of a death there is.
 
-    worker      "worker" then "pool", "staged", "step", "record", "event"; the agent answers "pool" and "free"
+    worker      "worker" then "pool", "staged", "step", "record", "event", "heal"; the agent answers "pool" and "free"
     restore     "part", "place", "read" (from anywhere); "share", "take" (by ranks of this node: `shared_fetch`)
-    peer        "hold" (a copy arrives)
+    peer        "hold" (a copy arrives), "mend" (a chunk of one once more)
     supervisor  "watch": from then on reports flow, each with a number; "ack" lets the agent forget them
 """
 
@@ -26,7 +26,9 @@ import ray
 from blake3 import blake3
 
 from ray_dr.checkpoint.described import describe, parse
+from ray_dr.checkpoint.healing import Healer
 from ray_dr.checkpoint.local_disk import LocalDisk
+from ray_dr.checkpoint.memory import copy_into
 from ray_dr.checkpoint.reader import StoreSource
 from ray_dr.checkpoint.shared_fetch import SharedFetch
 from ray_dr.checkpoint.throttle import Throttle
@@ -135,7 +137,8 @@ class Agent:
         self.writer = Writer(
             self.vault, places, token, self._report, throttle=self.throttle, uploads=self.uploads
         )
-        self.shared = SharedFetch(token, (store,))
+        self.shared = SharedFetch(token, places.values())
+        self.healer = Healer(token, places.values(), self._note)
         self._links: dict[str, Connection] = {}
         self._closing = False
         self._server = Server(host, token, self._serve)
@@ -148,6 +151,7 @@ class Agent:
         self._server.close()
         self.shared.close()
         self.verified.stop()
+        self.healer.close()
         self.writer.close()
         self.vault.close()
 
@@ -162,6 +166,9 @@ class Agent:
     def _live(self) -> Callable[[], list[Header]]:
         news = self.uploads.listener()
         return lambda: [{"upload": codec.to_json(upload)} for upload in news()]
+
+    def _note(self, name: str, fields: dict[str, Any]) -> None:
+        self._report(Noted(time.time(), name, {"node": self.node, **fields}), None)
 
     def _give_back(self, worker: str, slot: int, path: str) -> None:
         link = self._links.get(worker)
@@ -182,7 +189,7 @@ class Agent:
         elif header["op"] in ("share", "take"):
             self.shared.serve(connection, header, size)
         else:
-            self._serve_peer(connection, header)
+            self._serve_peer(connection, header, size)
 
     def _serve_worker(self, connection: Connection, worker: str) -> None:
         self._links[worker] = connection
@@ -205,6 +212,8 @@ class Agent:
                 self._staged(worker, header)
             case "record":
                 self.outbox.put({"record": header["record"]})
+            case "heal":
+                self.healer.submit(header["rank"], header["damages"])
             case "event":
                 self.outbox.put({"event": header["event"]}, urgent=True)
             case "want":
@@ -236,16 +245,18 @@ class Agent:
             Task(holding, part, header["staged_at"], header["stall_s"], tuple(header["copy_to"]), _places(header["to"]))
         )
 
-    def _serve_peer(self, connection: Connection, header: Header) -> None:
+    def _serve_peer(self, connection: Connection, header: Header, size: int) -> None:
         while True:
             try:
                 if header["op"] == "hold":
                     self._hold(connection, header["size"])
+                elif header["op"] == "mend":
+                    self._mend(connection, header, size)
                 else:
                     self._answer(connection, header)
             except (NotFound, CorruptChunk) as error:
                 connection.send({"error": str(error)})
-            header, _ = connection.receive()
+            header, size = connection.receive()
 
     def _answer(self, connection: Connection, header: Header) -> None:
         version, rank = codec.from_json(VersionId, header["version"]), header["rank"]
@@ -302,7 +313,7 @@ class Agent:
             self._disk_trouble(error)
 
     def _disk_trouble(self, error: StoreError) -> None:
-        self._report(Noted(time.time(), "disk.unavailable", {"node": self.node, "error": str(error)}), None)
+        self._note("disk.unavailable", {"error": str(error)})
 
     def keep_on_disk(self, versions: Iterable[VersionId]) -> None:
         """Only these versions, and newer ones, stay on disk."""
@@ -311,6 +322,23 @@ class Agent:
                 self.disk.keep(versions)
         except StoreError as error:
             self._disk_trouble(error)
+
+    def _mend(self, connection: Connection, header: Header, size: int) -> None:
+        """Write a chunk of a part that is held here over itself, once its bytes are verified."""
+        chunk = codec.from_json(Chunk, header["chunk"])
+        data = memoryview(bytearray(size))
+        connection.read_into(data)
+        if size != chunk.size or blake3(data, max_threads=1).hexdigest() != chunk.id:
+            raise CorruptChunk(chunk.id, source=connection.peer)
+        holding = self.vault.read(codec.from_json(VersionId, header["version"]), header["rank"])
+        try:
+            assert holding.part is not None, "only sealed parts are read"
+            if (chunk.id, chunk.at, size) not in ((own.id, own.at, own.size) for own in holding.part.chunks):
+                raise NotFound(f"node {self.node} does not hold chunk {chunk.id[:16]} there")
+            copy_into(holding.view[chunk.at : chunk.at + size], data)
+        finally:
+            self.vault.done(holding)
+        connection.send({"ok": True})
 
     def _hold(self, connection: Connection, size: int) -> None:
         """Take a peer's part in, chunk by chunk, each verified before it counts."""

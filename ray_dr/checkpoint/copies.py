@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 
 from blake3 import blake3
@@ -48,22 +49,32 @@ def locate(source: Source, chunk: Chunk) -> Copy | None:
 
 
 class Copies:
-    """Reads copies, with connections to agents that are opened once each. Thread-safe."""
+    """Reads copies, with connections to agents that are opened once each. Thread-safe.
 
-    def __init__(self, token: bytes, stores: Iterable[Store]) -> None:
-        self._token = token
-        self._stores = {store.url: store for store in stores}
+    stores   how to open those of this node's agent; one that can't be opened is not known
+    """
+
+    def __init__(self, token: bytes, stores: Iterable[Callable[[], Store]]) -> None:
+        self._token, self._openers = token, tuple(stores)
+        self._stores: dict[str, Store] = {}
         self._peers: dict[str, PeerReader] = {}
         self._lock = threading.Lock()
 
     def read(self, copy: Copy, chunk: Chunk, into: memoryview) -> None:
         """Fill `into` (chunk.size bytes) with the chunk, verified. Raises CorruptChunk, StoreError."""
         if isinstance(copy, HeldCopy):
-            self._peer(copy.address).read(copy.version, copy.rank, chunk.at, into)
+            self._peer(copy.address).read(copy.version, copy.rank, chunk.at, (into,))
         else:
             self._store(copy.url).readinto(copy.key, into)
         if blake3(into, max_threads=1).hexdigest() != chunk.id:
             raise CorruptChunk(chunk.id, source=_name(copy))
+
+    def mend(self, copy: Copy, chunk: Chunk, data: memoryview) -> None:
+        """Write the chunk's bytes, which are known to be good, over a damaged or missing copy. Raises StoreError."""
+        if isinstance(copy, HeldCopy):
+            self._peer(copy.address).mend(copy.version, copy.rank, chunk, data)
+        else:
+            self._store(copy.url).put(copy.key, data)
 
     def close(self) -> None:
         """End the connections."""
@@ -78,6 +89,11 @@ class Copies:
             return self._peers[address]
 
     def _store(self, url: str) -> Store:
+        if url not in self._stores:
+            for open_it in self._openers:
+                with suppress(StoreError):
+                    store = open_it()
+                    self._stores.setdefault(store.url, store)
         if url not in self._stores:
             raise StoreError(f"this node's agent does not know the store {url}")
         return self._stores[url]

@@ -22,7 +22,7 @@ from blake3 import blake3
 
 from ray_dr.checkpoint.memory import copy_into
 from ray_dr.checkpoint.restore_plan import Read, plan_restore, reads_by_chunk
-from ray_dr.errors import CheckpointError, CorruptChunk, NotFound, StoreError
+from ray_dr.errors import CheckpointError, CorruptChunk, NotFound, ObjectTooShort, StoreError
 from ray_dr.model.checkpoint import Box, Chunk, Part
 from ray_dr.repository.layout import chunk_key
 from ray_dr.stores.base import Store
@@ -135,6 +135,7 @@ def read_state(
     threads: int | None = None,
     on_corrupt: Callable[[CorruptChunk], None],
     on_unreadable: Callable[[Source, Exception], None] | None = None,
+    on_bad: Callable[[Source, int, Chunk], None] | None = None,
     turn: tuple[int, int] = (0, 1),
 ) -> dict[str, int]:
     """Fill the wanted boxes' bytes, and say how many bytes were read from each kind of source.
@@ -143,6 +144,7 @@ def read_state(
     sources        per rank of part, nearest first; a chunk is taken from the first that gives it unharmed
     threads        None: as many as the kinds of the nearest sources are worth
     on_corrupt     told of each bad copy; on_unreadable of each copy that could not be read; from a reading thread
+    on_bad         told of each copy that is corrupt or missing: (source, rank of part, chunk); from a reading thread
     turn           (n, of): the n-th, from 0, of so many readers that share what they fetch; they begin at different chunks
     Raises CheckpointError when a chunk has no good copy left: then some buffers are already overwritten. Also when the
     parts do not cover the wanted boxes: then nothing was read.
@@ -154,7 +156,7 @@ def read_state(
     buffers = {box: view.cast("B") for box, view in wanted.items() if view.nbytes}
     in_order = [_Job(part.rank, chunk, pieces) for part in parts for chunk, pieces in reads_by_chunk(part, reads)]
     jobs = deque(_in_turn(in_order, *turn))
-    fetch = _Fetch(buffers, sources, on_corrupt, on_unreadable or _ignore)
+    fetch = _Fetch(buffers, sources, on_corrupt, on_unreadable or _ignore, on_bad or _ignore)
     total: Counter[str] = Counter()
     count = max(1, min(threads or _worth(sources), len(jobs)))
     with ThreadPoolExecutor(count) as pool:
@@ -185,6 +187,7 @@ class _Fetch:
     sources: Mapping[int, Sequence[Source]]
     on_corrupt: Callable[[CorruptChunk], None]
     on_unreadable: Callable[[Source, Exception], None]
+    on_bad: Callable[[Source, int, Chunk], None]
     failing: list[Source] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -221,9 +224,12 @@ class _Fetch:
                 tried.append(str(error))
                 with self.lock:
                     self.on_corrupt(error)
+                self.on_bad(source, job.rank, job.chunk)
             except (StoreError, OSError) as error:
                 tried.append(f"{source.name}: {error}")
                 self._put_last(source, error)
+                if isinstance(error, NotFound | ObjectTooShort):
+                    self.on_bad(source, job.rank, job.chunk)
         raise CheckpointError(
             f"chunk {job.chunk.id[:16]} of rank {job.rank}'s part has no good copy ({'; '.join(tried) or 'no source'})"
         )
@@ -322,5 +328,5 @@ def _next(jobs: deque[_Job]) -> _Job | None:
         return None
 
 
-def _ignore(source: Source, error: Exception) -> None:
+def _ignore(*told: object) -> None:
     """For callers that only count corrupt copies."""

@@ -21,7 +21,7 @@ import itertools
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from ray_dr.checkpoint.copies import Copies, Copy
@@ -252,8 +252,8 @@ class _Gathering:
 class SharedFetch:
     """Every restore of this node that is under way. Thread-safe."""
 
-    def __init__(self, token: bytes, stores: Sequence[Store]) -> None:
-        self._token, self._stores = token, stores
+    def __init__(self, token: bytes, stores: Iterable[Callable[[], Store]]) -> None:
+        self._token, self._stores = token, tuple(stores)
         self._lock = threading.Lock()
         self._under_way: dict[str, _Gathering] = {}
         self._over = ""

@@ -9,7 +9,7 @@ from typing import Literal
 
 from ray_dr.errors import NotFound, StoreError
 from ray_dr.model import codec
-from ray_dr.model.checkpoint import VersionId
+from ray_dr.model.checkpoint import Chunk, VersionId
 from ray_dr.stores.wire import Connection, Header, connect
 
 ANSWER_S = 30.0
@@ -57,14 +57,21 @@ class PeerReader:
         header = {"op": "read", "version": codec.to_json(version), "rank": rank, "start": start, "size": size}
         self._ask(header, into)
 
+    def mend(self, version: VersionId, rank: int, chunk: Chunk, data: memoryview) -> None:
+        """Give it a chunk of a part it holds once more; it checks the bytes. Raises NotFound."""
+        header = {"op": "mend", "version": codec.to_json(version), "rank": rank, "chunk": codec.to_json(chunk)}
+        self._ask(header, (), data)
+
     def close(self) -> None:
         for connection in self._all:
             connection.close()
 
-    def _ask(self, header: Header, into: Sequence[memoryview]) -> tuple[Header, int]:
+    def _ask(
+        self, header: Header, into: Sequence[memoryview], payload: memoryview | bytes = b""
+    ) -> tuple[Header, int]:
         connection = self._borrow()
         try:
-            answer, size = connection.request(header)
+            answer, size = connection.request(header, payload)
             if size != header.get("size", 0):
                 raise StoreError(f"{self.address} sent {size} bytes where {header.get('size', 0)} were asked for")
             for view in into:

@@ -102,6 +102,10 @@ class Link:
         """A record for the journal."""
         self._connection.send({"op": "record", "record": codec.to_json(record, tagged=True)})
 
+    def heal(self, rank: int, damages: list[dict[str, Any]]) -> None:
+        """Copies that this rank found damaged, as `checkpoint.healing` tells of them."""
+        self._connection.send({"op": "heal", "rank": rank, "damages": damages})
+
     def event(self, event: Event) -> None:
         """An event for the job's machine."""
         self._connection.send({"op": "event", "event": codec.to_json(event, tagged=True)})

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ray_dr.checkpoint.described import parse
+from ray_dr.checkpoint.healing import Damages
 from ray_dr.checkpoint.local_disk import LocalDisk
 from ray_dr.checkpoint.memory import attach
 from ray_dr.checkpoint.reader import Kind, MemorySource, Source, StoreSource, read_state
@@ -39,17 +40,21 @@ def restore(a: Assignment, objects: Mapping[str, Any], token: bytes, store: Stor
         buffers, late = _buffers(target)
         needed = {read.rank for read in plan_restore(parts, buffers)}
         sources = {part.rank: readers.sources(part, store) for part in parts if part.rank in needed}
+        damages = Damages(a.agent, a.origin.version)
         with Sharing(a.agent, token, restore=str(a.attempt), local=a.local_rank, of=a.local_world) as sharing:
             sources = sharing.join(parts, buffers, sources)
             counted = read_state(
-                parts, buffers, sources, on_corrupt=lambda error: _note(link, a, error), turn=sharing.turn
-            )
+                parts, buffers, sources, on_corrupt=lambda error: _note(link, a, error), on_bad=damages.add,
+                turn=sharing.turn,
+            )  # fmt: skip
             counted = sharing.recount(counted)
         fetched = time.monotonic()
         for tensor, staged in late:
             tensor.copy_(staged)
         target.check_shared()
         target.apply()
+        if found := damages.described(sources):
+            link.heal(a.rank, found)
     finally:
         readers.close()
     return Restored(

@@ -21,14 +21,12 @@ import torch
 
 from ray_dr.actors.node_agent import Agent
 from ray_dr.checkpoint import shared_fetch
-from ray_dr.checkpoint.reader import MemorySource, Source, StoreSource, read_state
-from ray_dr.checkpoint.save_plan import plan_save, replicated
+from ray_dr.checkpoint.reader import MemorySource, Source, read_state
 from ray_dr.checkpoint.shared_source import Sharing
 from ray_dr.errors import CheckpointError
 from ray_dr.model.attempt import Assignment, Cadence, Origin
-from ray_dr.model.checkpoint import Box, Chunk, Part, VersionId
+from ray_dr.model.checkpoint import Box, Part
 from ray_dr.model.journal import Record, Restored
-from ray_dr.repository.chunks import chunk_id
 from ray_dr.repository.layout import chunk_key
 from ray_dr.repository.parts import write_part
 from ray_dr.stores import memory
@@ -37,16 +35,22 @@ from ray_dr.stores.open import open_store
 from ray_dr.stores.peer import PeerReader
 from ray_dr.stores.wire import Connection
 from ray_dr.train.restore import restore
-from ray_dr.train.staging import stage
-from ray_dr.train.state import flatten
+from tests.unit.laid_out import (
+    CHUNK,
+    JOB,
+    TOKEN,
+    VERSION,
+    WAIT_S,
+    hold,
+    network,
+    put,
+    saved,
+    saved_network,
+    stage_own,
+    wait_until,
+)
 
-TOKEN = b"secret"
-WAIT_S = 60.0
-CHUNK = 1000
 LOCALS = 4
-VERSION = VersionId(1, 5)
-FOLDER = "000001-000000000005-000001"
-JOB = "j"
 
 
 @dataclass
@@ -93,37 +97,6 @@ def agents(url: str) -> Iterator[list[Agent]]:
     yield made
     for agent in made:
         agent.close()
-
-
-def saved(size: int = 20 * CHUNK) -> tuple[Part, bytearray]:
-    """One part of two tensors; every chunk is different."""
-    leaves = [replicated(name, "int8", (size // 2,), rank=0, world=1) for name in ("a", "b")]
-    plan = plan_save(leaves, rank=0, world=1)
-    stream = bytearray(os.urandom(plan.size))
-    runs = [(at, stream[at : at + CHUNK]) for at in range(0, plan.size, CHUNK)]
-    chunks = tuple(Chunk(chunk_id(run), at, len(run), FOLDER) for at, run in runs)
-    return Part(VERSION, 0, 1, plan.size, plan.shards, chunks), stream
-
-
-def put(url: str, part: Part, stream: bytearray) -> StoreSource:
-    store = open_store(url)
-    for chunk in part.chunks:
-        store.put(chunk_key(JOB, chunk), stream[chunk.at : chunk.at + chunk.size])
-    return StoreSource(store, JOB, part)
-
-
-def hold(agent: Agent, part: Part, stream: bytearray) -> None:
-    agent.vault.keep_copy(part, memoryview(bytearray(stream)))
-
-
-def stage_own(agent: Agent, part: Part, stream: bytearray) -> memoryview:
-    """The part as a worker of this node left it: in a slot that others of the node map."""
-    agent.vault.open_pool("w", part.size)
-    holding = agent.vault.stage("w", 0, version=VERSION, rank=part.rank, world=part.world, size=part.size)
-    holding.view[:] = stream
-    holding.part = part
-    agent.vault.done(holding)
-    return holding.view
 
 
 @dataclass
@@ -177,16 +150,6 @@ def mapped() -> int:
     return sum("memfd:ray-dr" in line for line in Path("/proc/self/maps").read_text().splitlines())
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    """For what a closed connection brings about in the agent's own thread."""
-    changed = threading.Event()
-    for _ in range(int(WAIT_S * 100)):
-        if condition():
-            return
-        changed.wait(0.01)
-    assert condition()
-
-
 def test_ranks_of_a_node_fetch_every_chunk_of_a_replicated_state_once_from_the_store(
     agents: list[Agent], url: str, reads: Reads
 ) -> None:
@@ -210,6 +173,8 @@ def test_ranks_of_a_node_fetch_every_chunk_of_a_replicated_state_once_from_a_pee
     assert all(rank.holds(part, stream) for rank in ranks)
     assert reads.peer == {chunk.at: 1 for chunk in part.chunks}
     assert sum(rank.counted.get("peer", 0) for rank in ranks) == part.size
+    for reader in readers:
+        reader.close()
 
 
 def test_what_only_one_rank_wants_never_passes_the_agent(agents: list[Agent], url: str, reads: Reads) -> None:
@@ -266,6 +231,7 @@ def test_a_corrupt_chunk_is_told_and_read_once_from_the_next_source(
     assert set().union(*(rank.corrupt for rank in ranks)) == {part.chunks[3].id}
     assert reads.store == {chunk.id: 1 for chunk in part.chunks}
     assert reads.peer == {3 * CHUNK: 1}
+    reader.close()
 
 
 def test_a_missing_chunk_and_a_dead_peer_are_what_they_would_be_without_sharing(
@@ -447,25 +413,6 @@ class Records:
 
     def record(self, record: Record) -> None:
         self.records.append(record)
-
-
-def network(seed: int) -> torch.nn.Module:
-    torch.manual_seed(seed)
-    return torch.nn.Sequential(*(torch.nn.Linear(30, 30) for _ in range(4)))
-
-
-def saved_network(world: int) -> list[tuple[Part, bytearray]]:
-    """The parts of a data-parallel job of so many ranks."""
-    parts = []
-    for rank in range(world):
-        flat = flatten({"model": network(1)}, rank=rank, world=world)
-        plan = plan_save((local.leaf for local in flat.tensors.values()), rank=rank, world=world)
-        stream = bytearray(plan.size)
-        stage(plan, flat, memoryview(stream))
-        runs = [(at, stream[at : at + CHUNK]) for at in range(0, plan.size, CHUNK)]
-        chunks = tuple(Chunk(chunk_id(run), at, len(run), FOLDER) for at, run in runs)
-        parts.append((Part(VERSION, rank, world, plan.size, plan.shards, chunks, dict(flat.scalars)), stream))
-    return parts
 
 
 @pytest.mark.parametrize("kind", ["peer", "store"])
