@@ -54,7 +54,7 @@ class Sharing:
     ) -> dict[int, tuple[Source, ...]]:
         """The sources as this rank is to read its boxes from. Waits for the other ranks' wishes if this one has any."""
         if not self._silent:
-            afar = [part for part in parts if any(source.kind in AFAR for source in sources[part.rank][:1])]
+            afar = [part for part in parts if any(source.kind in AFAR for source in sources.get(part.rank, ())[:1])]
             reads = plan_restore(parts, boxes) if afar else ()
             with contextlib.suppress(StoreError, OSError):
                 self._wish([(part.rank, chunk) for part in afar for chunk in needed_chunks(part, reads)])
@@ -81,8 +81,9 @@ class Sharing:
         """The chunk that begins there, if other ranks want it too."""
         return self._chunks.get((rank, at))
 
-    def take(self, chunk: Chunk, copy: Copy, into: memoryview, source: Source) -> bool:
-        """Fill `into` through the agent. False: it can't be had there now. Raises what reading the source would."""
+    def take(self, chunk: Chunk, copy: Copy, into: Sequence[memoryview], source: Source) -> bool:
+        """Fill all of `into`, one after the other, with the chunk, through the agent. False: it can't be had there now.
+        Raises what reading the source would."""
         try:
             connection = self._borrow()
         except StoreError:
@@ -94,7 +95,10 @@ class Sharing:
                 "copy": codec.to_json(copy, tagged=True),
             })  # fmt: skip
             if "place" in answer:
-                copy_into(into, self._places[answer["place"]][: chunk.size])
+                at = 0
+                for view in into:
+                    copy_into(view, self._places[answer["place"]][at : at + view.nbytes])
+                    at += view.nbytes
                 connection.send({"op": "release"})
         except StoreError:
             connection.close()
@@ -162,7 +166,7 @@ class SharedSource:
         chunk = self.sharing.chunk(rank, start)
         if chunk is not None and chunk.size == into.nbytes and not self.sharing.silent:
             copy = locate(self.inner, chunk)
-            if copy is not None and self.sharing.take(chunk, copy, into, self.inner):
+            if copy is not None and self.sharing.take(chunk, copy, (into,), self.inner):
                 return
         self.inner.read(rank, start, into)
 

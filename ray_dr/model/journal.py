@@ -129,7 +129,7 @@ class Marked:
 class Noted:
     """Something the operator should know that is no decision: a store in trouble, a corrupt copy, a stopped writer.
 
-    name   dotted and stable, e.g. "store.unavailable", "chunk.corrupt", "journal.lagging"
+    name   dotted and stable, e.g. "store.unavailable", "chunk.corrupt", "chunk.healed", "journal.lagging"
     """
 
     at: float

@@ -431,6 +431,7 @@ def test_a_data_parallel_state_of_which_half_lies_elsewhere_crosses_the_network_
         put(url, theirs, other)
         refs = tuple(write_part(open_store(url), JOB, part, term=1) for part, _ in parts)
     link = Records()
+    expected = network(1).state_dict()
 
     def one(local: int) -> Restored:
         model = network(2)
@@ -439,7 +440,7 @@ def test_a_data_parallel_state_of_which_half_lies_elsewhere_crosses_the_network_
             Cadence(0, 1, 0), "gloo", False, 0, LOCALS, url, local_world=LOCALS,
         )  # fmt: skip
         restored = restore(a, {"model": model}, TOKEN, open_store(url), link)
-        for name, tensor in network(1).state_dict().items():
+        for name, tensor in expected.items():
             assert torch.equal(model.state_dict()[name], tensor)
         return restored
 
