@@ -199,7 +199,7 @@ def cut(views: list[memoryview], size: int = CHUNK_BYTES) -> list[memoryview]:
 
 def assignment(agent: str, origin: Origin) -> Assignment:
     """What a lone worker beside `agent` is told that restores from `origin`."""
-    return Assignment("restore", 2, 1, "w0", 0, 1, 0, "", agent, "", origin, Cadence(0, 0, 0), "gloo", False, 0, 1, "")
+    return Assignment("restore", 2, "w0", 0, 1, 0, "", agent, (), origin, Cadence(0, 0, 0), "gloo", False, 0, 1, "")
 
 
 @contextmanager

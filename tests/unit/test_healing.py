@@ -83,7 +83,7 @@ def held(agent: Agent, part: Part) -> bytes:
 
 def restore_network(agents: Sequence[Agent], url: str, origin: Origin) -> None:
     link = Link(agents[0].address, TOKEN, "w0", 1)
-    a = Assignment(JOB, 7, 1, "w0", 0, 1, 0, "", agents[0].address, "", origin, Cadence(0, 1, 0), "gloo", False, 0, 1, url)
+    a = Assignment(JOB, 7, "w0", 0, 1, 0, "", agents[0].address, (), origin, Cadence(0, 1, 0), "gloo", False, 0, 1, url)
     model = network(2)
     restore(a, {"model": model}, TOKEN, open_store(url), link)
     for name, tensor in network(1).state_dict().items():

@@ -436,7 +436,7 @@ def test_a_data_parallel_state_of_which_half_lies_elsewhere_crosses_the_network_
     def one(local: int) -> Restored:
         model = network(2)
         a = Assignment(
-            JOB, 7, 1, f"w{local}", local, LOCALS, local, "", agents[0].address, "", Origin(VERSION, 2, holders, refs),
+            JOB, 7, f"w{local}", local, LOCALS, local, "", agents[0].address, (), Origin(VERSION, 2, holders, refs),
             Cadence(0, 1, 0), "gloo", False, 0, LOCALS, url, local_world=LOCALS,
         )  # fmt: skip
         restored = restore(a, {"model": model}, TOKEN, open_store(url), link)

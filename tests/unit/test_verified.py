@@ -79,7 +79,7 @@ class Node:
 
     def restore(self, version: VersionId, *, others: tuple[str, ...] = (), beside: Link | None = None) -> Restored:
         origin = Origin(version, 1, {"0": (self.agent.address, *others)})
-        a = Assignment("j", 2, 1, "w0", 0, 1, 0, "", self.agent.address, "", origin, Cadence(0, 0, 0), "gloo", False, 0, 1, "")
+        a = Assignment("j", 2, "w0", 0, 1, 0, "", self.agent.address, (), origin, Cadence(0, 0, 0), "gloo", False, 0, 1, "")
         return restore(a, {"model": self.model}, TOKEN, MemoryStore(), beside or self.link)
 
     def right(self) -> bool:
