@@ -73,6 +73,15 @@ def test_a_save_that_is_given_up_ends_as_failed() -> None:
     assert clock.done() == [(0, 5, "failed")]
 
 
+def test_only_what_changed_is_told_again() -> None:
+    clock = Clock()
+    with clock.uploads.under_way(part(rank=0, world=2)), clock.uploads.under_way(part(rank=1, world=2)) as second:
+        assert len(clock.done()) == 2
+        second.put(5, 5)
+        clock.now += TOLD_S
+        assert clock.done() == [(1, 5, "")]
+
+
 def test_words_about_a_part_that_was_replaced_are_not_told() -> None:
     clock = Clock()
     with clock.uploads.under_way(part(1)) as old, clock.uploads.under_way(part(2)):
