@@ -114,7 +114,7 @@ def _stage(link: Link, model: Model) -> VersionId:
     assert taken is not None
     stage(plan, flat, taken[1])
     part = Part(VersionId(1, 1), 0, 1, plan.size, plan.shards, (), flat.scalars)
-    link.staged(taken[0], part, staged_at=time.time(), stall_s=0.0, copy_to="", to_store=False, job="restore", term=1)
+    link.staged(taken[0], part, staged_at=time.time(), stall_s=0.0, copy_to=(), to={})
     return part.version
 
 

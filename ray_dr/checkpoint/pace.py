@@ -22,7 +22,7 @@ SHOWS = 0.02
 """An agent that works on a save for less than this share of a step does not show in it."""
 HYSTERESIS = 0.25
 """An interval changes only by more than this share: measured times wander, and a change is news for every rank."""
-SPENT = 0.25
+SPENT = 0.5
 """Of what memory checkpoints may cost, this share is spent in any case: where failures are rare, the interval that wastes
 least would have a failure cost a minute of work for a gain nobody notices. 1: always as often as the budget allows."""
 STORE_SHARE = 5.0

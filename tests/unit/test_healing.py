@@ -76,7 +76,7 @@ def held(agent: Agent, part: Part) -> bytes:
     """A part as an agent gives it to others."""
     into = bytearray(part.size)
     reader = PeerReader(agent.address, TOKEN)
-    reader.read(part.version, part.rank, 0, memoryview(into))
+    reader.read(part.version, part.rank, 0, [memoryview(into)])
     reader.close()
     return bytes(into)
 

@@ -414,6 +414,9 @@ class Records:
     def record(self, record: Record) -> None:
         self.records.append(record)
 
+    def mapped(self, path: str, size: int) -> None:
+        """It has mapped nothing to stage into."""
+
 
 @pytest.mark.parametrize("kind", ["peer", "store"])
 def test_a_data_parallel_state_of_which_half_lies_elsewhere_crosses_the_network_once(

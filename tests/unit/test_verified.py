@@ -52,8 +52,8 @@ class Node:
         assert taken is not None
         stage(plan, flat, taken[1])
         part = Part(version, 0, 1, plan.size, plan.shards, (), flat.scalars)
-        self.link.staged(taken[0], part, staged_at=time.time(), stall_s=0.0, copy_to=copy_to, to_store=False, job="j",
-                         term=1)  # fmt: skip
+        self.link.staged(taken[0], part, staged_at=time.time(), stall_s=0.0, to={},
+                         copy_to=(copy_to,) if copy_to else ())  # fmt: skip
         while not any(held.version == version for held in self.agent.vault.held()):
             assert self.agent.writer.settle(WAIT_S)
         assert self.agent.writer.drain(WAIT_S)
