@@ -15,7 +15,7 @@ from benchmarks.figures import median, p95
 from ray_dr.checkpoint.reader import MemorySource, Source, StoreSource, read_state
 from ray_dr.checkpoint.restore_plan import build_index, plan_restore, reads_by_chunk
 from ray_dr.checkpoint.save_plan import Leaf, plan_save, replicated
-from ray_dr.checkpoint.sealing import seal
+from ray_dr.checkpoint.sealing import Sealer
 from ray_dr.model.checkpoint import CHUNK_BYTES, Box, Chunk, Part, Shard, VersionId
 from ray_dr.repository.layout import chunk_key
 from ray_dr.repository.parts import read_part, write_part
@@ -85,7 +85,7 @@ def write(size: int, world: int) -> Written:
         data = np.random.default_rng(rank).integers(0, 256, plan.size, np.uint8)
         part = Part(VERSION, rank, world, plan.size, plan.shards, ())
         chunks = []
-        for chunk, piece in seal(part, memoryview(data)):
+        for chunk, piece in Sealer().seal(part, memoryview(data)):
             chunks.append(Chunk(chunk.id, chunk.at, chunk.size, FOLDER))
             store.put(chunk_key("j", chunks[-1]), piece)
         parts.append(Part(VERSION, rank, world, plan.size, plan.shards, tuple(chunks)))

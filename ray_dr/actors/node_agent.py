@@ -342,7 +342,7 @@ class Agent:
 
     def _hold(self, connection: Connection, size: int) -> None:
         """Take a peer's part in, chunk by chunk, each verified before it counts."""
-        buffer = self.vault.buffer(size)
+        pool = self.vault.buffer(size)
         arrived: list[Chunk] = []
         while True:
             header, length = connection.receive()
@@ -350,15 +350,15 @@ class Agent:
                 break
             if not 0 <= header["at"] <= size - length:
                 raise StoreError(f"{connection.peer} sent bytes beyond the {size} it had announced")
-            piece = buffer[header["at"] : header["at"] + length]
+            piece = pool.view[header["at"] : header["at"] + length]
             connection.read_into(piece)
             arrived.append(Chunk(blake3(piece, max_threads=1).hexdigest(), header["at"], length))
         part = parse(header["part"])
         bad = next((chunk for chunk in part.chunks if chunk not in arrived), None)
         if bad is not None or part.size != size:
-            self.vault.recycle(buffer)
+            self.vault.recycle(pool)
             raise CorruptChunk(bad.id if bad else "", source=connection.peer)
-        self.vault.keep_copy(part, buffer)
+        self.vault.keep_copy(part, pool)
         for record in part.records:
             self.outbox.put({"witness": codec.to_json(record)})
         connection.send({"node": self.node})
@@ -370,9 +370,8 @@ def _places(to: Header) -> Places:
 
 def _place(holding: Holding) -> Header:
     """Where a process of this node can map a holding."""
-    if holding.slot is None:
-        return {"path": "", "offset": 0}
-    return {"path": holding.slot.pool.path, "offset": holding.slot.index * len(holding.slot.view)}
+    offset = holding.slot.index * len(holding.slot.view) if holding.slot else 0
+    return {"path": holding.pool.path, "offset": offset}
 
 
 def outlive_nobody(agent: Agent) -> None:

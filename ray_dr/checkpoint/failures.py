@@ -211,7 +211,7 @@ class Losses:
         self._read = set()
 
     def _survived(self, seemed: Where) -> Where:
-        return Where.STORE if "store" in self._read else seemed
+        return Where.STORE if self._read & {"store", "second", "disk"} else seemed
 
 
 def count_losses(records: Iterable[Record]) -> Tally:

@@ -1,7 +1,7 @@
 """What one node's agent holds in memory: the parts its own workers staged and the copies it keeps for peers.
 
-A *holding* is one rank's part of one version in some buffer. Own holdings lie in slots of a pool that the worker
-process has mapped; copies lie in buffers of their own. The rules that keep the last good version whole:
+A *holding* is one rank's part of one version in shared memory. Own holdings lie in slots of a pool that the worker process
+has mapped; each copy lies in a pool of its own, which the node's workers map when they restore. The rules that keep the last good version whole:
 
 * a slot is given back to its worker only when nobody reads it and its version is older than the newest *complete* one
   (every part has its copies, says the supervisor);
@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from ray_dr.checkpoint.memory import Pool, available_bytes
-from ray_dr.errors import ConfigError, NotFound
+from ray_dr.errors import ConfigError, NotFound, StoreError
 from ray_dr.model.checkpoint import Held, Part, StepRecord, VersionId
 
 PAGE_BYTES = 4096
@@ -55,6 +55,7 @@ class Holding:
     world: int
     view: memoryview
     slot: Slot | None
+    pool: Pool
     part: Part | None = None
     readers: int = 0
     rested_at: float = 0.0
@@ -101,7 +102,7 @@ class Vault:
         self._copied = False
         self._hopeless: set[VersionId] = set()
         self._reading: set[Holding] = set()
-        self._free: list[memoryview] = []
+        self._free: list[Pool] = []
         self._pools: list[Pool] = []
 
     def open_pool(self, worker: str, size: int) -> tuple[str, int, int, tuple[int, ...]]:
@@ -128,32 +129,35 @@ class Vault:
         """Take over what a worker just copied into its slot. The caller reads it: `done` must follow."""
         with self._lock:
             place = self._workspaces[worker].slots[slot]
-            holding = Holding(version, rank, world, place.view[:size], place, readers=1)
+            holding = Holding(version, rank, world, place.view[:size], place, place.pool, readers=1)
             self._reading.add(holding)
             self._holdings[holding.key] = holding
             return holding
 
-    def buffer(self, size: int) -> memoryview:
-        """Memory for a peer's copy, reused when one of the right size is free."""
+    def buffer(self, size: int) -> Pool:
+        """Memory for a peer's copy, reused when one of the right size is free. Raises StoreError when there is none."""
         with self._lock:
-            for index, view in enumerate(self._free):
-                if len(view) == size:
+            for index, pool in enumerate(self._free):
+                if pool.size == max(size, 1):
                     return self._free.pop(index)
-        return memoryview(bytearray(size))
+        try:
+            return Pool.create(max(size, 1))
+        except OSError as error:
+            raise StoreError(f"node {self.node} has no room for a copy of {size} bytes ({error})") from error
 
-    def keep_copy(self, part: Part, view: memoryview) -> None:
+    def keep_copy(self, part: Part, pool: Pool) -> None:
         """Hold a peer's sealed part."""
-        holding = Holding(part.version, part.rank, part.world, view, None, part)
+        holding = Holding(part.version, part.rank, part.world, pool.view[: part.size], None, pool, part)
         with self._lock:
             if (replaced := self._holdings.get(holding.key)) is not None:
                 self._drop(replaced)
             self._holdings[holding.key] = holding
         self._sweep()
 
-    def recycle(self, view: memoryview) -> None:
+    def recycle(self, pool: Pool) -> None:
         """A copy's buffer that came to nothing."""
         with self._lock:
-            self._recycle(view)
+            self._recycle(pool)
 
     def read(self, version: VersionId, rank: int) -> Holding:
         """A sealed part to read from; `done` must follow. Raises NotFound."""
@@ -180,7 +184,7 @@ class Vault:
                 holding.rested_at = self._clock()
             dropped = not holding.readers and self._holdings.get(holding.key) is not holding
             if dropped and holding.slot is None:
-                self._recycle(holding.view)
+                self._recycle(holding.pool)
             returned = self._returned((holding,)) if dropped else []
         self._hand_back(returned)
         self._sweep()
@@ -304,10 +308,10 @@ class Vault:
         if self._holdings.get(holding.key) is holding:
             del self._holdings[holding.key]
         if holding.slot is None and not holding.readers:
-            self._recycle(holding.view)
+            self._recycle(holding.pool)
 
-    def _recycle(self, view: memoryview) -> None:
-        self._free.append(view)
+    def _recycle(self, pool: Pool) -> None:
+        self._free.append(pool)
         del self._free[:-KEPT_COPIES]
 
     def _current(self, slot: Slot) -> bool:

@@ -34,7 +34,7 @@ class _Look:
 
 
 class Verified:
-    """Thread-safe. Knows which chunks of this node's own parts were found good since the last `begin`."""
+    """Thread-safe. Knows which chunks in this node's memory were found good since the last `begin`."""
 
     def __init__(self, vault: Vault) -> None:
         self._vault = vault
@@ -42,11 +42,11 @@ class Verified:
         self._looks: tuple[_Look, ...] = ()
 
     def begin(self, version: VersionId | None) -> None:
-        """Forget what was found, and look through the own parts of `version`, each in a thread; returns at once."""
+        """Forget what was found, and look through all parts of `version`, each in a thread; returns at once."""
         self.stop()
         looks = []
         for held in self._vault.held():
-            if not held.own or held.version != version:
+            if held.version != version:
                 continue
             try:
                 holding = self._vault.read(held.version, held.rank)

@@ -259,7 +259,7 @@ class Context:
         begun = time.monotonic()
         flat = flatten(state.objects, rank=self._a.rank, world=self._a.world)
         plan = self._planner.plan(flat)
-        if not self._link.asked:
+        if not self._link.asked_for(plan.size):
             self._link.open_pool(plan.size)
         taken = self._link.take_slot(plan.size, 0.0)
         while taken is None:

@@ -32,7 +32,7 @@ class Link:
         self._whole = memoryview(b"")
         self._free: set[int] = set()
         self._path = ""
-        self._asked = self._answered = False
+        self._asked, self._answered = -1, False
         self._refused: ConfigError | None = None
         self._connection.send({"op": "worker", "worker": worker, "pid": pid})
         threading.Thread(target=self._listen, name="link", daemon=True).start()
@@ -40,19 +40,18 @@ class Link:
     def open_pool(self, size: int) -> None:
         """Ask for slots of at least `size` bytes; they come when the agent has touched every page of them."""
         with self._changed:
-            self._asked, self._answered, self._refused = True, False, None
+            self._asked, self._answered, self._refused = size, False, None
             self._free.clear()
         self._connection.send({"op": "pool", "size": size})
 
-    @property
-    def asked(self) -> bool:
-        """Whether this attempt has asked for its slots."""
-        return self._asked
+    def asked_for(self, size: int) -> bool:
+        """Whether this attempt has asked for slots of at least so many bytes."""
+        return self._asked >= size
 
     def reset(self) -> None:
         """A new attempt: slots must be asked for again, in the size of its plan."""
         with self._changed:
-            self._asked = self._answered = False
+            self._asked, self._answered = -1, False
             self._free.clear()
 
     def take_slot(self, size: int, wait_s: float) -> tuple[int, memoryview] | None:

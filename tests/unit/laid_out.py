@@ -44,7 +44,9 @@ def put(url: str, part: Part, stream: bytearray) -> StoreSource:
 
 
 def hold(agent: Agent, part: Part, stream: bytearray) -> None:
-    agent.vault.keep_copy(part, memoryview(bytearray(stream)))
+    pool = agent.vault.buffer(part.size)
+    pool.view[: part.size] = bytes(stream)
+    agent.vault.keep_copy(part, pool)
 
 
 def stage_own(agent: Agent, part: Part, stream: bytearray) -> memoryview:

@@ -120,7 +120,7 @@ def test_an_agent_gives_from_its_disk_what_it_has_not_in_memory(agent: Agent, tm
     assert reader.part(VersionId(1, 7), 0)["size"] == SIZE
     assert reader.place(VersionId(1, 7), 0) is None
     into = memoryview(bytearray(SIZE))
-    reader.read(VersionId(1, 7), 0, 0, into)
+    reader.read(VersionId(1, 7), 0, 0, [into])
     assert bytes(into) == data_of(7)
     with pytest.raises(NotFound):
         reader.part(VersionId(1, 8), 0)
@@ -128,7 +128,7 @@ def test_an_agent_gives_from_its_disk_what_it_has_not_in_memory(agent: Agent, tm
         if path.is_file():
             path.unlink()
     with pytest.raises(NotFound):
-        reader.read(VersionId(1, 7), 0, 0, into)
+        reader.read(VersionId(1, 7), 0, 0, [into])
     assert reader.part(VersionId(1, 7), 0)["rank"] == 0, "the connection is still of use"
     reader.close()
 

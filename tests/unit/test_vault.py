@@ -243,7 +243,7 @@ def test_the_pool_of_a_dead_worker_goes_with_its_last_version(node: Node) -> Non
 def test_copies_for_peers_are_kept_of_the_complete_version_and_of_the_newest(node: Node) -> None:
     for step in range(1, 10):
         buffer = node.vault.buffer(node.size)
-        buffer[:] = fill(v(step), node.size)
+        buffer.view[:] = fill(v(step), node.size)
         node.vault.keep_copy(part_of(v(step), 1, node.size), buffer)
         if step == 4:
             node.vault.completed(v(4))
@@ -254,7 +254,7 @@ def test_copies_for_peers_are_kept_of_the_complete_version_and_of_the_newest(nod
 def test_a_copy_that_is_read_is_not_overwritten_by_the_next(node: Node) -> None:
     def copy(step: int) -> None:
         buffer = node.vault.buffer(node.size)
-        buffer[:] = fill(v(step), node.size)
+        buffer.view[:] = fill(v(step), node.size)
         node.vault.keep_copy(part_of(v(step), 1, node.size), buffer)
 
     copy(1)

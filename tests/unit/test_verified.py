@@ -46,7 +46,7 @@ class Node:
     def save(self, version: VersionId, copy_to: str = "") -> None:
         flat = flatten({"model": self.model}, rank=0, world=1)
         plan = Planner(0, 1).plan(flat)
-        if not self.link.asked:
+        if not self.link.asked_for(plan.size):
             self.link.open_pool(plan.size)
         taken = self.link.take_slot(plan.size, WAIT_S)
         assert taken is not None
