@@ -1,7 +1,8 @@
 """What one node's agent holds in memory: the parts its own workers staged and the copies it keeps for peers.
 
 A *holding* is one rank's part of one version in shared memory. Own holdings lie in slots of a pool that the worker process
-has mapped; each copy lies in a pool of its own, which the node's workers map when they restore. The rules that keep the last good version whole:
+has mapped; each copy lies in a pool of its own, which the node's workers map when they restore. The rules that keep the
+last good version whole:
 
 * a slot is given back to its worker only when nobody reads it and its version is older than the newest *complete* one
   (every part has its copies, says the supervisor);

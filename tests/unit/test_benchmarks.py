@@ -94,7 +94,7 @@ def test_a_first_save_has_a_figure_of_its_own() -> None:
     def one(stall_s: float) -> dict[str, float]:
         return {"stall_s": stall_s, "durable_s": 1.0, "lost_s": 0.5}
 
-    told = [{"saves": [one(9.0), one(1.0), one(2.0), one(3.0)], "peak_bytes": 10, "cpu_s": 0.1}]
+    told = [{"saves": [one(9.0), one(1.0), one(2.0), one(3.0)], "peak_bytes": 10, "cpu_s": 0.1, "alone_s": 0.8, "raw_put_s": 0.0}]
     found = save.sum_up(told)
     assert (found["first_stall_s"], found["stall_s"]) == (9.0, 2.0)
 

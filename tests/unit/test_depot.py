@@ -46,7 +46,7 @@ def test_what_is_committed_is_known_and_the_rest_is_pruned() -> None:
 
 
 def test_a_version_struck_is_gone_and_the_last_one_stays() -> None:
-    depot = Depot(StoreTier("memory://struck"), "job", "me")
+    depot = Depot(StoreTier("memory://depot-struck"), "job", "me")
     for step in (1, 2):
         put(depot, step)
         commit(depot, step)
@@ -56,10 +56,10 @@ def test_a_version_struck_is_gone_and_the_last_one_stays() -> None:
 
 
 def test_a_job_puts_nothing_that_the_job_it_shares_with_has() -> None:
-    base = Depot(StoreTier("memory://shared"), "base", "me")
+    base = Depot(StoreTier("memory://depot-shared"), "base", "me")
     put(base, 1)
     commit(base, 1)
-    tuned = Depot(StoreTier("memory://shared", share_with="base"), "tuned", "me")
+    tuned = Depot(StoreTier("memory://depot-shared", share_with="base"), "tuned", "me")
     assert tuned.alone == ""
     assert put(tuned, 1).sent == 0
     commit(tuned, 1)
@@ -68,8 +68,8 @@ def test_a_job_puts_nothing_that_the_job_it_shares_with_has() -> None:
 
 
 def test_sharing_with_a_job_that_has_nothing_is_refused_at_the_door_and_said_later() -> None:
-    tier = StoreTier("memory://nothing", share_with="base")
-    with pytest.raises(ConfigError, match=r"share_with: job base has no checkpoint in memory://nothing"):
+    tier = StoreTier("memory://depot-nothing", share_with="base")
+    with pytest.raises(ConfigError, match=r"share_with: job base has no checkpoint in memory://depot-nothing"):
         launch._check_base("tuned", tier)
     depot = Depot(tier, "tuned", "me")
     assert "job base has no committed checkpoint" in depot.alone

@@ -229,7 +229,7 @@ def test_the_reason_says_what_decided_each_interval_with_the_numbers() -> None:
     assert pace.reason(AUTO_STORE, Cadence(0, 4, 400)) == (
         "a step takes 100 ms; "
         "memory: a save costs 4 ms, a loss is expected every 99 d (0 seen in 480 node-hours): 4.3 min is best; "
-        "0.25% of the time is spent in any case: 1.6 s; by a factor of two at once: 800 ms for now; "
+        "0.5% of the time is spent in any case: 800 ms; "
         "store: a save costs 500 ms, a loss is expected every 26 h (10 seen in 10 d): 5.1 min is best; "
         "by a factor of two at once: 80 s for now"
     )

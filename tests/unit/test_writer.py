@@ -130,7 +130,9 @@ def test_a_save_reaches_memory_the_peer_and_the_store(bench: Bench, peer: Agent)
     into = bytearray(SIZE)
     reader.read(VersionId(1, 1), 0, 0, [memoryview(into)])
     assert bytes(into) == data
-    assert reader.place(VersionId(1, 1), 0) is None
+    place = reader.place(VersionId(1, 1), 0)
+    assert place is not None
+    assert bytes(attach(place.path, place.offset + SIZE)[place.offset :]) == data
     with pytest.raises(NotFound):
         reader.part(VersionId(1, 2), 0)
     reader.close()
