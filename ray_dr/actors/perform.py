@@ -238,12 +238,13 @@ class Performer:
         cluster.when_done(handle.describe.remote(), lambda future: self._agent_up(node, handle, future), self._pool)
 
     def _agent_up(self, node: str, handle: Any, future: Future[Any]) -> None:
-        self._coming.pop(node, None)
         try:
             self._join(node, handle, future.result())
         except Exception as error:
             self._host.note("agent.failed", node=node, error=repr(error))
             return
+        finally:  # not before it is known: else the next look around would start another one
+            self._coming.pop(node, None)
         self._host.post(NodeJoined(time.time(), node))
 
     def _join(self, node: str, handle: Any, said: dict[str, Any]) -> None:

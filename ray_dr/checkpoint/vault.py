@@ -204,7 +204,7 @@ class Vault:
         if holding.readers or holding.part is None:
             return False
         if holding.version == self._complete:
-            return self._copied and any(other.readers for other in mine)
+            return self._copied and any(other.readers and other.version < holding.version for other in mine)
         return self._clock() - holding.rested_at >= GIVE_UP_S
 
     def abandoned(self, version: VersionId) -> None:

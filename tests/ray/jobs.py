@@ -136,7 +136,20 @@ def start(train: Callable[[Any], None], spec: Job, **where: Any) -> Running:
 
     thread = threading.Thread(target=follow, daemon=True)
     thread.start()
-    return Running(spec, handle, thread, box)
+    _followed.append(Running(spec, handle, thread, box))
+    return _followed[-1]
+
+
+_followed: list[Running] = []
+
+
+def _let_go() -> None:
+    """End what failed tests left running: a thread that still asks Ray when this process leaves the cluster is its end."""
+    for running in _followed:
+        if running.thread.is_alive():
+            ray_side.kill(running.handle)
+            running.thread.join(WAIT_S)
+    _followed.clear()
 
 
 def sigkill(pid: int) -> float:
@@ -202,4 +215,5 @@ def connected(cluster: LocalCluster) -> Iterator[LocalCluster]:
     try:
         yield cluster
     finally:
+        _let_go()
         ray.shutdown()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -12,9 +11,7 @@ import ray
 
 from ray_dr.actors.local_cluster import LocalCluster
 from ray_dr.model.job import DiskTier, Every, Job, MemoryTier, StoreTier
-from ray_dr.model.journal import Decided, Record, Restored, VersionSaved, Where
-from ray_dr.repository.commit import CommitLog
-from ray_dr.stores.open import open_store
+from ray_dr.model.journal import Record, Restored, VersionSaved, Where
 from tests.ray import jobs
 from tests.ray.programs import replicated
 
@@ -35,20 +32,18 @@ def spec_of(name: str, root: Path, **changes: object) -> Job:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    root = tmp_path_factory.mktemp("undisturbed")
-    with LocalCluster(nodes_max=2, dashboard=False) as local, jobs.connected(local):
-        spec = jobs.at_once(spec_of("undisturbed", root))
-        running = jobs.start(replicated, spec)
-        assert running.outcome().step == STEPS
-        jobs.assert_exact_data(running)
-        first, second = jobs.final_state(spec), jobs.final_state(jobs.replace(spec, store=spec.second))
-        assert first == second, "the second store has the final checkpoint too"
-        return first
+def undisturbed(cluster: LocalCluster, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    spec = jobs.at_once(spec_of("undisturbed", tmp_path_factory.mktemp("undisturbed")))
+    running = jobs.start(replicated, spec)
+    assert running.outcome().step == STEPS
+    jobs.assert_exact_data(running)
+    first, second = jobs.final_state(spec), jobs.final_state(jobs.replace(spec, store=spec.second))
+    assert first == second, "the second store has the final checkpoint too"
+    return first
 
 
-def restored(records: list[Record]) -> Restored:
-    return next(record for record in reversed(records) if isinstance(record, Restored))
+def restores(running: jobs.Running) -> list[Restored]:
+    return [record for record in running.records() if isinstance(record, Restored)]
 
 
 def sources(records: list[Record], attempt: int) -> Counter[str]:
@@ -59,75 +54,64 @@ def sources(records: list[Record], attempt: int) -> Counter[str]:
     return total
 
 
-def test_with_every_process_gone_at_once_the_job_goes_on_from_the_nodes_disks(
-    tmp_path: Path, undisturbed: dict[str, bytes]
+def test_with_all_nodes_and_the_supervisor_gone_at_once_the_job_goes_on_from_the_nodes_disks(
+    cluster: LocalCluster, tmp_path: Path, undisturbed: dict[str, bytes]
 ) -> None:
     spec = spec_of("disks", tmp_path)
-    with LocalCluster(nodes_max=2, dashboard=False) as local, jobs.connected(local):
-        running = jobs.start(replicated, spec)
+    running = jobs.start(replicated, spec)
 
-        def on_disk() -> bool:
-            rows = [row for row in running.snapshot()["tiers"]["rows"] if row["where"] == "disk"]
-            return any(row["version"]["step"] > 42 and len(row["copies"]) == 2 for row in rows)
+    def on_disk() -> bool:
+        rows = [row for row in running.snapshot()["tiers"]["rows"] if row["where"] == "disk"]
+        return any(row["version"]["step"] > 42 and len(row["copies"]) == 2 for row in rows)
 
-        jobs.until(on_disk, "a version on both disks that is newer than the store's")
-        for node in local.nodes():
-            local.kill_node(node.node_id)
-        ray.shutdown()
-    committed = CommitLog(open_store(spec.store.url), spec.name).newest()
-    assert committed is not None
-    assert committed.version.step == 40
-    with LocalCluster(nodes_max=2, dashboard=False) as local, jobs.connected(local):
-        running = jobs.start(replicated, spec)
-        assert running.outcome().step == STEPS
-        records = running.records()
-        again = restored(records)
-        assert again.version.step > 40
-        assert set(sources(records, again.attempt)) == {"disk"}
-        jobs.assert_exact_data(running)
-        assert jobs.final_state(spec) == undisturbed
+    jobs.until(on_disk, "a version on both disks that is newer than the store's")
+    now = running.snapshot()
+    for node in now["nodes"]:
+        cluster.kill_node(node)
+    if now["supervisor"]["node"] not in now["nodes"]:
+        jobs.sigkill(now["supervisor"]["pid"])
+    jobs.until(lambda: any(r.version.step > 40 for r in restores(running)), "a restore of more than the store has")
+    again = next(record for record in restores(running) if record.version.step > 40)
+    assert set(sources(running.records(), again.attempt)) == {"disk"}
+    assert running.outcome().step == STEPS
+    jobs.assert_exact_data(running)
+    assert jobs.final_state(spec) == undisturbed
 
 
 def test_with_the_first_store_and_the_disks_lost_the_job_goes_on_from_the_second_store(
-    tmp_path: Path, undisturbed: dict[str, bytes]
+    cluster: LocalCluster, tmp_path: Path, undisturbed: dict[str, bytes]
 ) -> None:
     spec = spec_of("second", tmp_path)
-    with LocalCluster(nodes_max=2, dashboard=False) as local, jobs.connected(local):
-        running = jobs.start(replicated, spec)
-        running.wait_for_step(50)
-        for node in local.nodes():
-            local.kill_node(node.node_id)
-        ray.shutdown()
+    running = jobs.start(replicated, spec)
+    stopped = running.wait_for_step(50)["step"]
+    ray.get(running.handle.stop.remote(60.0, "a test"))
+    assert running.outcome().drained
     for lost in ("store", "disk"):
         shutil.rmtree(tmp_path / lost)
-    with LocalCluster(nodes_max=2, dashboard=False) as local, jobs.connected(local):
-        running = jobs.start(replicated, spec)
-        assert running.outcome().step == STEPS
-        again = restored(running.records())
-        assert again.version.step == 40
-        assert set(sources(running.records(), again.attempt)) == {"second"}
-        assert jobs.final_state(spec) == undisturbed
-        assert jobs.final_state(jobs.replace(spec, store=spec.second)) == undisturbed
+    running = jobs.start(replicated, spec)
+    assert running.outcome().step == STEPS
+    again = restores(running)[-1]
+    assert again.version.step >= stopped
+    assert set(sources(running.records(), again.attempt)) == {"second"}
+    assert jobs.final_state(spec) == undisturbed
+    assert jobs.final_state(jobs.replace(spec, store=spec.second)) == undisturbed
 
 
-def test_three_copies_outlive_two_nodes_at_once(tmp_path: Path) -> None:
+def test_three_copies_outlive_two_nodes_at_once(cluster: LocalCluster, tmp_path: Path) -> None:
     spec = jobs.held("copies", f"file://{tmp_path}/store", STEPS, nodes=(3, 3, 1))
     spec = jobs.replace(spec, store=StoreTier(f"file://{tmp_path}/store", SELDOM), memory=MemoryTier(Every(steps=1), 3))
-    with LocalCluster(nodes_max=3, dashboard=False) as local, jobs.connected(local):
-        running = jobs.start(replicated, spec)
-        now = running.wait_for_step(50)
-        armed = jobs.until(lambda: running.snapshot()["tiers"]["armed"], "a version with three copies of each part")
-        assert armed["step"] > 40
-        keep = now["supervisor"]["node"] if now["supervisor"]["node"] in now["nodes"] else now["nodes"][0]
-        for node in now["nodes"]:
-            if node != keep:
-                local.kill_node(node)
-        running.wait_for_world(1, step=50)
-        running.outcome()
-        records = running.records()
-        first = next(r for r in records if isinstance(r, Restored))
-        assert first.version.step > 40, "not from the store"
-        assert "store" not in first.sources
-        assert any(isinstance(r, VersionSaved) and r.where is Where.PEER for r in records)
-        assert any(isinstance(r, Decided) for r in records)
-    assert os.path.isdir(tmp_path / "store")
+    running = jobs.start(replicated, spec)
+    now = running.wait_for_step(50)
+    armed = jobs.until(lambda: running.snapshot()["tiers"]["armed"], "a version with three copies of each part")
+    assert armed["step"] > 40
+    keep = now["supervisor"]["node"] if now["supervisor"]["node"] in now["nodes"] else now["nodes"][0]
+    for node in now["nodes"]:
+        if node != keep:
+            cluster.kill_node(node)
+    running.wait_for_world(1, step=50)
+    running.outcome()
+    records = running.records()
+    first = next(r for r in records if isinstance(r, Restored))
+    assert first.version.step > 40, "not from the store"
+    assert "store" not in first.sources
+    assert any(isinstance(r, VersionSaved) and r.where is Where.PEER for r in records)

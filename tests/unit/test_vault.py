@@ -163,6 +163,17 @@ def test_while_a_slow_store_reads_the_older_version_the_newest_one_is_spared_onl
     assert node.versions == (set() if copied else {v(2)})
 
 
+def test_the_newest_complete_version_stays_while_a_newer_one_is_sealed(node: Node) -> None:
+    node.save(v(1))
+    node.vault.completed(v(1), copied=True)
+    sealing = node.stage(v(2))
+    node.now += GIVE_UP_S
+    node.vault.want("w0")
+    assert v(1) in node.versions
+    assert not node.free
+    node.vault.done(sealing)
+
+
 def test_two_versions_that_never_complete_do_not_hold_up_the_next(node: Node) -> None:
     for step in range(1, 9):
         node.save(v(step))
