@@ -29,7 +29,7 @@ from ray_dr.stores.base import Store
 
 Kind = Literal["memory", "peer", "disk", "store", "second"]
 
-THREADS: Mapping[Kind, int] = {"memory": 2, "peer": 4, "store": 8}
+THREADS: Mapping[Kind, int] = {"memory": 2, "peer": 4, "disk": 4, "store": 8, "second": 8}
 """Reading threads per kind of source."""
 GAP_BYTES = 4096
 """Bytes between two places that are read for nothing, rather than all of the chunk being copied once more."""

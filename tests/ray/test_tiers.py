@@ -108,7 +108,7 @@ def test_three_copies_outlive_two_nodes_at_once(cluster: LocalCluster, tmp_path:
     for node in now["nodes"]:
         if node != keep:
             cluster.kill_node(node)
-    running.wait_for_world(1, step=50)
+    jobs.until(lambda: restores(running), "a restore")
     running.outcome()
     records = running.records()
     first = next(r for r in records if isinstance(r, Restored))

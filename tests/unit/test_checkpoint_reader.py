@@ -7,6 +7,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from blake3 import blake3
@@ -240,3 +241,7 @@ def test_a_source_that_waits_for_others_is_asked_by_more_threads(kind: str) -> N
     found = buffers(part)
     read_state([part], found, {0: [Together(memoryview(stream), threading.Barrier(count), kind)]}, on_corrupt=pytest.fail)
     expect_equal(part, stream, found)
+
+
+def test_every_kind_of_source_has_its_threads() -> None:
+    assert set(reader.THREADS) == set(get_args(reader.Kind))
