@@ -57,6 +57,7 @@ WAIT_S = 300.0
 ALONE = 3
 """Saves at the end, while nothing trains."""
 RAW_BYTES = 8 * 2**20
+RAW_OBJECTS = 32
 KEY = "5a" * 32
 
 
@@ -179,12 +180,17 @@ class OursInS3(Ours):
 
     def raw_put_s(self, size: int) -> float:
         """Seconds for the same bytes by the same client with as many threads, and nothing else."""
-        store, pool = open_store(self._url), Pool.create(size)
+        store, pool = open_store(self._url), Pool.create(RAW_BYTES * RAW_OBJECTS)
         times = []
+
+        def put(number: int) -> None:
+            at = number % RAW_OBJECTS * RAW_BYTES
+            store.put(f"raw/{at}", pool.view[at : at + RAW_BYTES])
+
         with ThreadPoolExecutor(PUTS) as threads:
             for _ in range(3):
                 begun = time.perf_counter()
-                list(threads.map(lambda at: store.put(f"raw/{at}", pool.view[at : at + RAW_BYTES]), range(0, size, RAW_BYTES)))
+                list(threads.map(put, range(size // RAW_BYTES)))
                 times.append(time.perf_counter() - begun)
         return median(times)
 
