@@ -68,6 +68,7 @@ class Forming:
         self.cadence = first_cadence(host.job)
         self.began: VersionId | None = None
         self.peers = 0
+        self._on_disk: tuple[str, ...] = ()
         self.unreadable: frozenset[VersionId] = frozenset()
 
     def refs(self, members: Iterable[str]) -> list[WorkerRef]:
@@ -140,12 +141,10 @@ class Forming:
     def _assignments(self, group: Group, refs: list[WorkerRef], origin: Origin | None) -> list[Assignment]:
         w, host = self._job.workers, self._host
         seen: dict[str, int] = {}
-        disk = self._disk()
-        terms = {str(where): depot.term for where, depot in host.depots.items()}
-        if disk:
-            terms[Where.DISK] = host.term
-        keepers = replicas({node: agent.domain for node, agent in self._agents.items()}, self._job.memory.copies)
-        self.peers = self.expected_peers()
+        agents = dict(self._agents)  # nodes come and go meanwhile
+        self._on_disk = self._disk()
+        keepers = replicas({node: agent.domain for node, agent in agents.items()}, self._job.memory.copies)
+        self.peers = max(map(len, keepers.values()), default=0)
         host.note(COPIES_KEPT, attempt=group.attempt, peers=self.peers, keepers={node: list(on) for node, on in keepers.items()})
         out = []
         for rank, ref in enumerate(refs):
@@ -153,14 +152,19 @@ class Forming:
             out.append(
                 Assignment(
                     self._job.name, group.attempt, ref.worker, rank, len(refs), local,
-                    refs[0].rendezvous, self._agents[ref.node].address,
-                    tuple(self._agents[node].address for node in keepers[ref.node]), origin, self.cadence,
+                    refs[0].rendezvous, agents[ref.node].address,
+                    tuple(agents[node].address for node in keepers[ref.node]), origin, self.cadence,
                     self._job.backend, self._job.deterministic, self._job.seed, w.nodes_max * w.per_node,
-                    self._job.store.url, dict(self._job.settings), terms, disk,
+                    self._job.store.url, dict(self._job.settings), self.terms(), self._on_disk,
                     self._job.second.url if self._job.second else "", sum(other.node == ref.node for other in refs),
                 )
             )  # fmt: skip
         return out
+
+    def terms(self) -> dict[str, int]:
+        """The term in each place that the newest group may save to."""
+        disk = {str(Where.DISK): self._host.term} if self._on_disk else {}
+        return {**{str(where): depot.term for where, depot in self._host.depots.items()}, **disk}
 
     def _disk(self) -> tuple[str, ...]:
         """The job's place on the nodes' disks; none in this attempt when the store's journal does not know of it yet: its

@@ -124,8 +124,6 @@ class Agent:
         self.node = node
         self.throttle, self.uploads = Throttle(), Uploads()
         self.outbox = Outbox(self._live)
-        self.vault = Vault(node, self._give_back)
-        self.verified = Verified(self.vault)
         store = open_store(store_url)
         places: dict[Where, Callable[[], Store]] = {Where.STORE: lambda: store}
         if second_url:
@@ -134,6 +132,8 @@ class Agent:
         if self.disk is not None:
             on_disk = self.disk
             places[Where.DISK] = lambda: on_disk.store
+        self.vault = Vault(node, self._give_back, slots=1 + len(places))
+        self.verified = Verified(self.vault)
         self.writer = Writer(
             self.vault, places, token, self._report, throttle=self.throttle, uploads=self.uploads
         )
@@ -217,30 +217,36 @@ class Agent:
             case "event":
                 self.outbox.put({"event": header["event"]}, urgent=True)
             case "want":
-                self.vault.want(worker)
+                self.vault.want(worker, waiting=header["skipped"] is None)
                 if header["skipped"] is not None:
                     self.outbox.put({"skipped": header["skipped"]})
             case "pool":
-                threading.Thread(target=self._pool, args=(connection, worker, header["size"]), daemon=True).start()
+                threading.Thread(target=self._pool, args=(connection, worker, header), daemon=True).start()
 
-    def _pool(self, connection: Connection, worker: str, size: int) -> None:
+    def _pool(self, connection: Connection, worker: str, asked: Header) -> None:
+        ask = asked["ask"]
         try:
-            path, per_slot, count, free = self.vault.open_pool(worker, size)
+            path, per_slot, count, free = self.vault.open_pool(worker, asked["size"])
         except ConfigError as error:
             with contextlib.suppress(StoreError):
-                connection.send({"op": "no pool", "what": error.what, "key": error.key, "remedy": error.remedy})
+                connection.send({"op": "no pool", "ask": ask, "what": error.what, "key": error.key, "remedy": error.remedy})
             return
         if self._links.get(worker) is not connection:
             self.vault.forget_worker(worker)  # it died while its pool was being made
             return
         with contextlib.suppress(StoreError):
-            connection.send({"op": "pool", "path": path, "size": per_slot, "slots": count, "free": list(free)})
+            connection.send({"op": "pool", "ask": ask, "path": path, "size": per_slot, "slots": count, "free": list(free)})
 
     def _staged(self, worker: str, header: Header) -> None:
         part = parse(header["part"])
-        holding = self.vault.stage(
-            worker, header["slot"], version=part.version, rank=part.rank, world=part.world, size=part.size
-        )
+        try:
+            holding = self.vault.stage(
+                worker, header["slot"], version=part.version, rank=part.rank, world=part.world, size=part.size,
+                path=header["path"],
+            )  # fmt: skip
+        except NotFound as error:
+            self._note("save.lost", {"step": part.version.step, "rank": part.rank, "error": str(error)})
+            return
         self.writer.submit(
             Task(holding, part, header["staged_at"], header["stall_s"], tuple(header["copy_to"]), _places(header["to"]))
         )
@@ -343,7 +349,7 @@ class Agent:
     def _hold(self, connection: Connection, size: int) -> None:
         """Take a peer's part in, chunk by chunk, each verified before it counts."""
         pool = self.vault.buffer(size)
-        arrived: list[Chunk] = []
+        arrived: set[Chunk] = set()
         while True:
             header, length = connection.receive()
             if "part" in header:
@@ -352,7 +358,7 @@ class Agent:
                 raise StoreError(f"{connection.peer} sent bytes beyond the {size} it had announced")
             piece = pool.view[header["at"] : header["at"] + length]
             connection.read_into(piece)
-            arrived.append(Chunk(blake3(piece, max_threads=1).hexdigest(), header["at"], length))
+            arrived.add(Chunk(blake3(piece, max_threads=1).hexdigest(), header["at"], length))
         part = parse(header["part"])
         bad = next((chunk for chunk in part.chunks if chunk not in arrived), None)
         if bad is not None or part.size != size:
@@ -423,9 +429,9 @@ class NodeAgent:
         """Only these versions, and newer ones, stay on the node's disk."""
         self._agent.keep_on_disk([codec.from_json(VersionId, version) for version in versions])
 
-    def store_again(self, version: Any, to: Header) -> int:
-        """Put this node's own parts of a version into places once more."""
-        return self._agent.writer.store_again(codec.from_json(VersionId, version), _places(to))
+    def store_again(self, version: Any, to: Header, orphans: Sequence[int]) -> int:
+        """Put this node's own parts of a version into places once more, and its copies of the orphans' parts."""
+        return self._agent.writer.store_again(codec.from_json(VersionId, version), _places(to), orphans)
 
     def close(self) -> None:
         """End well: nothing of this agent stays."""

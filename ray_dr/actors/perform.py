@@ -126,6 +126,11 @@ class Performer:
         for ref in self.forming.refs(group.members):
             ref.handle.set_cadence.remote(group.attempt, codec.to_json(cadence))
 
+    def tell_terms(self) -> None:
+        """The workers of the group at work may save to one more place from now on."""
+        for ref in self.forming.refs(self._state.order):
+            ref.handle.set_terms.remote(self._state.attempt, self.forming.terms())
+
     def perform(self, action: Action) -> None:
         """Begin an action. What takes time runs in a thread; what fails comes back as ActionFailed."""
         match action:
@@ -324,19 +329,21 @@ class Performer:
         left to do (a finished job, run again) ends at the version it began from. The second store has SECOND_S more."""
         idle = self._host.progress.newest == self._host.progress.began
         wanted = self.forming.began if idle and self.forming.began is not None else version
-        begun = time.monotonic()
+        begun = alone = time.monotonic()
         while missing := [where for where, depot in self._host.depots.items() if not depot.refs(wanted)]:
-            spent = time.monotonic() - begun
-            if spent > self._job.recovery.start_s and Where.STORE in missing:
+            now = time.monotonic()
+            alone = now if Where.STORE in missing else alone
+            if now - begun > self._job.recovery.start_s and Where.STORE in missing:
                 raise ClusterError(f"step {version.step} could not be committed in time")
-            if spent > SECOND_S and Where.STORE not in missing:
+            if now - alone > SECOND_S:
                 self._host.note("second.unavailable", error=f"step {version.step} could not be committed in time")
                 break
             if self._closing.wait(FINAL_RETRY_S):
                 return
             to = {str(where): (self._job.name, self._host.depots[where].term) for where in missing}
+            orphans = self._host.complete.orphans(wanted, set(self._agents))
             for agent in tuple(self._agents.values()):
-                agent.handle.store_again.remote(codec.to_json(wanted), to)
+                agent.handle.store_again.remote(codec.to_json(wanted), to, sorted(orphans))
         self._host.post(Saved(time.time(), version.attempt, version.step))
 
     # -- adoption

@@ -91,10 +91,11 @@ class Heard:
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """The committing thread is through with a version."""
+    """The committing thread is through with a version. `refused`: it could not be committed."""
 
     where: Where
     manifest: Manifest
+    refused: bool = False
 
 
 class Host:
@@ -193,7 +194,7 @@ class Host:
             case Heard():
                 self._report(item)
             case Committed():
-                self._version_committed(item.where, item.manifest)
+                self._version_committed(item)
             case _:
                 self._decide(item)
         if time.monotonic() - self._paced_at > PACE_S:
@@ -235,10 +236,11 @@ class Host:
         def attempt() -> None:
             while not self._over.is_set():
                 try:
-                    self._doubt(depot := Depot(tier, self.job.name, self._owner))
-                    self.depots = {**self.depots, Where.SECOND: depot}
+                    depot = Depot(tier, self.job.name, self._owner)
+                    self._doubt(depot)
+                    self._take_in(depot)
                     return
-                except StoreError as error:
+                except Exception as error:
                     self.note("second.unavailable", error=str(error), store=tier.url)
                 finally:
                     ready.set()
@@ -246,6 +248,17 @@ class Host:
 
         threading.Thread(target=attempt, name="second", daemon=True).start()
         ready.wait(SECOND_OPEN_S)
+
+    def _take_in(self, depot: Depot) -> None:
+        """The second store answers. Once attempts have begun here, one that has newer ones belongs to another history: what
+        is saved here could never be committed there, and what it has must not replace this history unasked."""
+        newest = depot.stored[-1].version if depot.stored else None
+        if newest is not None and self.state.attempt and newest > VersionId(self.state.attempt, self.progress.newest):
+            self.note("second.ahead", store=depot.store.url, step=newest.step, attempt=newest.attempt,
+                      remedy="stop the job and run it again: then it goes on from what the second store has")  # fmt: skip
+            return
+        self.depots = {**self.depots, Where.SECOND: depot}
+        self.perform.tell_terms()
 
     def _doubt(self, depot: Depot) -> None:
         if depot.doubtful:
@@ -355,6 +368,8 @@ class Host:
         depot = self.depots.get(record.where)
         if ref is not None and depot is not None:
             depot.arrived(record.version, ref)
+        elif record.where in (Where.STORE, Where.SECOND):
+            return  # nobody could commit it
         with contextlib.suppress(ValueError):
             self.complete, new = replace(self.complete, peers=self.perform.forming.peers).add(
                 record.version, record.rank, record.world, record.where, record.node
@@ -373,6 +388,9 @@ class Host:
         depot = self.depots.get(where)
         if depot is not None:
             manifest = depot.manifest(version, world, version.step * self.global_batch)
+            if manifest is None:
+                self.complete = self.complete.forget(version, where)
+                return
             threading.Thread(target=self._commit, args=(where, depot, manifest), name="commit", daemon=True).start()
             return
         self.journal.append(VersionSaved(time.time(), version, where, self.sizes.get(version, 0)))
@@ -390,13 +408,17 @@ class Host:
             self.post(FencedOff(time.time(), error.newest))
         except StoreError as error:
             self.note(f"{where}.unavailable", error=str(error), step=manifest.version.step, store=depot.store.url)
+            self._mailbox.put(Committed(where, manifest, refused=True))
         else:
             self._mailbox.put(Committed(where, manifest))
             depot.log.mark()
             self.perform.prune(where)
 
-    def _version_committed(self, where: Where, manifest: Manifest) -> None:
-        version = manifest.version
+    def _version_committed(self, done: Committed) -> None:
+        where, manifest, version = done.where, done.manifest, done.manifest.version
+        if done.refused:  # a final save is put again, and then tried again
+            self.complete = self.complete.forget(version, where)
+            return
         self.depots[where].committed(manifest)
         self.journal.append(VersionSaved(time.time(), version, where, self.sizes.get(version, 0)))
         if self.perform.final == version and all(depot.refs(version) for depot in self.depots.values()):

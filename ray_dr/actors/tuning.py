@@ -44,7 +44,9 @@ class Tuning:
             return
         host, pace = self._host, self._host.pace
         current = host.perform.cadence
-        cadence = pace.next(host.job, current, host.progress.newest)
+        # One at a time: a rank that has not begun with the last one would never hear of it.
+        settled = current.from_step <= host.progress.newest
+        cadence = pace.next(host.job, current, host.progress.newest) if settled else None
         if cadence is not None:
             host.note("cadence.changed", memory_every=cadence.memory_every, store_every=cadence.store_every,
                       disk_every=cadence.disk_every, second_every=cadence.second_every,

@@ -41,6 +41,10 @@ class Worker:
         """Stop after `step` steps; the answer is the steps done."""
         return self._session.stop_at(attempt, step, everywhere)
 
+    def set_terms(self, attempt: int, terms: dict[str, int]) -> bool:
+        """Save to these places from now on, in these terms."""
+        return self._session.set_terms(attempt, terms)
+
     def set_cadence(self, attempt: int, cadence: Any) -> bool:
         """Save at other intervals."""
         return self._session.set_cadence(attempt, codec.from_json(Cadence, cadence))

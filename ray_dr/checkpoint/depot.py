@@ -37,10 +37,12 @@ class Depot:
         """A part list is in the store."""
         self._refs.setdefault(version, {})[ref.rank] = ref
 
-    def manifest(self, version: VersionId, world: int, position: int) -> Manifest:
-        """What to commit for a version whose parts have all arrived; older ones that never will are forgotten."""
-        parts = self._refs.pop(version)
-        self._refs = {v: refs for v, refs in self._refs.items() if v > version}
+    def manifest(self, version: VersionId, world: int, position: int) -> Manifest | None:
+        """What to commit for a version, None unless all of its parts have arrived; older ones that never will are forgotten."""
+        parts = self._refs.get(version, {})
+        if set(parts) != set(range(world)):
+            return None
+        self._refs = {v: refs for v, refs in self._refs.items() if v >= version}
         refs = tuple(parts[rank] for rank in sorted(parts))
         return Manifest(1, self.job, self.term, version, world, position, refs, time.time())
 

@@ -7,7 +7,6 @@ per chunk under way, PUTS of them.
 
 from __future__ import annotations
 
-import contextlib
 import queue
 import threading
 import time
@@ -19,15 +18,13 @@ from ray_dr.checkpoint.throttle import Throttle
 from ray_dr.checkpoint.uploads import Uploads
 from ray_dr.checkpoint.vault import Holding
 from ray_dr.errors import CheckpointError, StoreError
-from ray_dr.model.checkpoint import Chunk, Part, PartRef
+from ray_dr.model.checkpoint import Chunk, Part, PartRef, VersionId
 from ray_dr.model.journal import PartSaved, Where
 from ray_dr.repository.chunks import KnownChunks
 from ray_dr.repository.commit import CommitLog
 from ray_dr.repository.saving import save_part
 from ray_dr.stores.base import Store
 
-QUEUE_MAX = 1
-"""Parts that wait behind the one under way; only a final save lines up there."""
 PUTS = 4
 """Chunks on their way at a time: an fsync or a round trip of one is the time in which others are written."""
 
@@ -99,37 +96,38 @@ class Lane:
         self._store: Store | None = None
         self._known = KnownChunks()
         self._logs: dict[str, CommitLog] = {}
-        self._queue: queue.Queue[Load | None] = queue.Queue(QUEUE_MAX)
+        self._queue: queue.SimpleQueue[Load | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
-        self._bound = 0
+        self._bound: set[tuple[VersionId, int]] = set()
         self._closing = False
         self._putting = ThreadPoolExecutor(PUTS, thread_name_prefix=f"writer-put-{where}")
         threading.Thread(target=self._run, name=f"writer-{where}", daemon=True).start()
 
     def offer(self, load: Load) -> bool:
-        """Take a load on when idle. What waits for a slow place holds a slot that copies in memory need, so a save that comes
-        while another is on its way is given up: the next one catches up."""
-        if self._bound:
+        """Take a load on, unless one of another version is on its way: what waits for a slow place holds a slot that copies in
+        memory need, so a save that comes too early is given up, and the next one catches up. The node's ranks line up."""
+        with self._lock:
+            behind = any(version != load.part.version for version, _ in self._bound)
+        if behind:
             self._note(f"{self.where}.behind", step=load.part.version.step)
             return False
         return self.enqueue(load)
 
     def enqueue(self, load: Load) -> bool:
-        """Line up; False when somebody waits there already."""
+        """Line up; False when the same part is on its way already."""
+        key = (load.part.version, load.part.rank)
         with self._lock:
-            try:
-                self._queue.put_nowait(load)
-            except queue.Full:
+            if key in self._bound:
                 return False
-            self._bound += 1
-            return True
+            self._bound.add(key)
+        self._queue.put(load)
+        return True
 
     def close(self) -> None:
         """End the thread, after the chunks under way."""
         self._closing = True
         self._putting.shutdown(wait=False, cancel_futures=True)
-        with contextlib.suppress(queue.Full):
-            self._queue.put_nowait(None)  # when it is full, the thread sees `_closing` after its load
+        self._queue.put(None)
 
     def _run(self) -> None:
         while (load := self._queue.get()) is not None and not self._closing:
@@ -141,7 +139,7 @@ class Lane:
             except Exception as error:
                 self._note("writer.failed", error=repr(error), step=load.part.version.step, where=str(self.where))
             with self._lock:
-                self._bound -= 1
+                self._bound.discard((load.part.version, load.part.rank))
             self._done(load)
 
     def _put(self, load: Load) -> None:

@@ -64,7 +64,8 @@ class LocalDisk:
                 version = version_of(key)
                 if version is not None and version < max(kept) and version not in kept:
                     self.store.delete(key)
-                    self._known.pop(key, None)
+                    with self._lock:
+                        self._known.pop(key, None)
                     removed += 1
         return removed
 

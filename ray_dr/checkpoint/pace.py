@@ -145,7 +145,7 @@ class Pace:
             memory = 0
         if not _never(job.store.every):
             store = self._store(job, current, memory).steps
-            fits = not _both_auto(job) or not memory or current.store_every % memory == 0
+            fits = not _both_auto(job) or not memory or current.store_every % min(memory, store) == 0
             if fits and (store >= current.store_every or job.rpo_s == math.inf):  # an objective is no matter of about
                 store = _settled(current.store_every, store)
             if memory and job.memory.every == AUTO:
@@ -161,7 +161,7 @@ class Pace:
         if tier is None or _never(tier.every):
             return 0
         if where not in self._writes and tier.every == AUTO:
-            return self._unmeasured(math.inf)
+            return _settled(current, self._unmeasured(math.inf))
         write_s = self._write_s(where)
         costs = Costs(self.step_s, self.slowdown * write_s, write_s)
         chosen = choose(costs, self.rates().store, Bounds(tier.every, STORE_SHARE * job.overhead), current or None)

@@ -9,7 +9,8 @@ last good version whole:
 * a version that became complete after this node had given up its part of it makes nothing older go;
 * a new attempt keeps the version it restores from until a newer one is complete.
 
-A worker has two slots: the newest complete version, and the one on its way. When a save is due and none is free, it goes
+A worker has two slots: the newest complete version, and the one on its way; and one more for each durable place beyond the
+first, as each may be reading another version. When a save is due and none is free, it goes
 without, and asks (`want`): then a version goes that has been waiting to become complete for GIVE_UP_S (its copy failed, say),
 or, while a slow store still reads the other slot, the newest complete version itself where peers hold copies of it. What one
 rank goes without can't become complete: the supervisor says so to the others at once (`abandoned`).
@@ -28,7 +29,7 @@ from ray_dr.model.checkpoint import Held, Part, StepRecord, VersionId
 
 PAGE_BYTES = 4096
 SLOTS = 2
-"""Own slots per worker."""
+"""Own slots per worker, with one durable place."""
 KEPT_COPIES = 2
 """Versions kept per rank as copies for peers: the newest complete one, and the one on its way."""
 GIVE_UP_S = 2.0
@@ -74,7 +75,7 @@ class _Workspace:
     size: int = 0
 
 
-def _create(size: int, per_slot: int) -> Pool:
+def _create(size: int, per_slot: int, slots: int) -> Pool:
     free = available_bytes()
     try:
         if size > free:
@@ -82,7 +83,7 @@ def _create(size: int, per_slot: int) -> Pool:
         return Pool.create(size)
     except OSError as error:
         raise ConfigError(
-            f"the node has no room for {SLOTS} copies of a rank's share of the state, {per_slot / 2**30:.2f} GiB each ({error})",
+            f"the node has no room for {slots} copies of a rank's share of the state, {per_slot / 2**30:.2f} GiB each ({error})",
             key="checkpoint", remedy="more nodes (smaller shares), fewer workers per node, or nodes with more memory",
         ) from error  # fmt: skip
 
@@ -92,10 +93,11 @@ class Vault:
     a slot again."""
 
     def __init__(
-        self, node: str, give_back: Callable[[str, int, str], None], clock: Callable[[], float] = time.monotonic
-    ) -> None:
+        self, node: str, give_back: Callable[[str, int, str], None], clock: Callable[[], float] = time.monotonic,
+        *, slots: int = SLOTS,
+    ) -> None:  # fmt: skip
         self.node = node
-        self._give_back, self._clock = give_back, clock
+        self._give_back, self._clock, self._slots = give_back, clock, slots
         self._lock = threading.Condition()
         self._workspaces: dict[str, _Workspace] = {}
         self._holdings: dict[tuple[VersionId, int, bool], Holding] = {}
@@ -116,20 +118,25 @@ class Vault:
             workspace = self._workspaces.get(worker)
             if workspace is not None and workspace.size >= size:
                 free = tuple(slot.index for slot in workspace.slots if not self._occupied(slot))
-                return workspace.slots[0].pool.path, workspace.size, SLOTS, free
+                return workspace.slots[0].pool.path, workspace.size, self._slots, free
         per_slot = -(-max(size, 1) // PAGE_BYTES) * PAGE_BYTES
-        pool = _create(per_slot * SLOTS, per_slot)
-        views = [pool.view[i * per_slot : (i + 1) * per_slot] for i in range(SLOTS)]
+        pool = _create(per_slot * self._slots, per_slot, self._slots)
+        views = [pool.view[i * per_slot : (i + 1) * per_slot] for i in range(self._slots)]
         with self._lock:
-            self._workspaces[worker] = _Workspace([Slot(worker, i, pool, views[i]) for i in range(SLOTS)], per_slot)
+            self._workspaces[worker] = _Workspace([Slot(worker, i, pool, views[i]) for i in range(self._slots)], per_slot)
             self._pools.append(pool)
         self._sweep()
-        return pool.path, per_slot, SLOTS, tuple(range(SLOTS))
+        return pool.path, per_slot, self._slots, tuple(range(self._slots))
 
-    def stage(self, worker: str, slot: int, *, version: VersionId, rank: int, world: int, size: int) -> Holding:
-        """Take over what a worker just copied into its slot. The caller reads it: `done` must follow."""
+    def stage(
+        self, worker: str, slot: int, *, version: VersionId, rank: int, world: int, size: int, path: str = ""
+    ) -> Holding:
+        """Take over what a worker just copied into its slot, of the pool at `path`. The caller reads it: `done` must follow.
+        Raises NotFound when the worker has another pool by now."""
         with self._lock:
             place = self._workspaces[worker].slots[slot]
+            if path not in ("", place.pool.path):
+                raise NotFound(f"worker {worker} has another pool than {path} by now")
             holding = Holding(version, rank, world, place.view[:size], place, place.pool, readers=1)
             self._reading.add(holding)
             self._holdings[holding.key] = holding
@@ -190,21 +197,22 @@ class Vault:
         self._hand_back(returned)
         self._sweep()
 
-    def want(self, worker: str) -> None:
-        """A save was due and the worker had no slot: give one back if one can be spared."""
+    def want(self, worker: str, *, waiting: bool = False) -> None:
+        """A save was due and the worker had no slot: give one back if one can be spared. `waiting`: it can't go without (the
+        version to come takes the place of the newest complete one, should only that be there to spare)."""
         with self._lock:
             mine = [h for h in self._holdings.values() if h.slot and self._current(h.slot) and h.slot.worker == worker]
-            spare = min((h for h in mine if self._spare(h, mine)), key=lambda holding: holding.version, default=None)
+            spare = min((h for h in mine if self._spare(h, mine, waiting)), key=lambda holding: holding.version, default=None)
             if spare is not None:
                 self._drop(spare)
             returned = self._returned((spare,)) if spare else []
         self._hand_back(returned)
 
-    def _spare(self, holding: Holding, mine: list[Holding]) -> bool:
+    def _spare(self, holding: Holding, mine: list[Holding], waiting: bool) -> bool:
         if holding.readers or holding.part is None:
             return False
         if holding.version == self._complete:
-            return self._copied and any(other.readers and other.version < holding.version for other in mine)
+            return (self._copied or waiting) and any(other.readers and other.version < holding.version for other in mine)
         return self._clock() - holding.rested_at >= GIVE_UP_S
 
     def abandoned(self, version: VersionId) -> None:

@@ -12,7 +12,9 @@ worker after it has copied them, and a bad one is read from another copy.
 
 from __future__ import annotations
 
+import math
 import threading
+import time
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -21,6 +23,9 @@ from blake3 import blake3
 from ray_dr.checkpoint.vault import Holding, Vault
 from ray_dr.errors import NotFound
 from ray_dr.model.checkpoint import Chunk, VersionId
+
+WAIT_S = 10.0
+"""Who asks is answered after so long: before it gives this memory up and reads from elsewhere."""
 
 
 @dataclass(slots=True, eq=False)
@@ -60,7 +65,8 @@ class Verified:
             threading.Thread(target=self._look_through, args=(look,), name="verify", daemon=True).start()
 
     def good(self, holding: Holding) -> dict[int, str]:
-        """Place -> id of the chunks of a holding found good since `begin`, all of them looked at: the calling thread helps.
+        """Place -> id of the chunks of a holding found good since `begin`: all of them were looked at, the calling thread
+        helps, or as many as WAIT_S allows (the rest is hashed by who reads it).
 
         Empty for what `begin` did not name: nothing is hashed for it here.
         """
@@ -68,9 +74,10 @@ class Verified:
             look = next((look for look in self._looks if look.holding is holding), None)
         if look is None:
             return {}
-        self._hash(look)
+        until = time.monotonic() + WAIT_S
+        self._hash(look, until)
         with self._changed:
-            self._changed.wait_for(lambda: not look.under_way)
+            self._changed.wait_for(lambda: not look.under_way, max(0.0, until - time.monotonic()))
             return dict(look.good)
 
     def stop(self) -> None:
@@ -87,9 +94,9 @@ class Verified:
         finally:
             self._vault.done(look.holding)
 
-    def _hash(self, look: _Look) -> None:
-        """Take chunks of a look until none is left."""
-        while (chunk := self._take(look)) is not None:
+    def _hash(self, look: _Look, until: float = math.inf) -> None:
+        """Take chunks of a look until none is left, or until then (monotonic seconds)."""
+        while time.monotonic() < until and (chunk := self._take(look)) is not None:
             found = ""
             try:
                 found = blake3(look.holding.view[chunk.at : chunk.at + chunk.size], max_threads=1).hexdigest()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from typing import Any
@@ -132,9 +132,11 @@ class Writer:
         with self._idle:
             return self._idle.wait_for(lambda: self._unsealed == 0, timeout_s)
 
-    def store_again(self, version: VersionId, to: Places) -> int:
-        """Put this node's own parts of a version into places once more; how many are on their way."""
-        own = [held.rank for held in self._vault.held() if held.own and held.version == version]
+    def store_again(self, version: VersionId, to: Places, orphans: Collection[int] = ()) -> int:
+        """Put this node's own parts of a version into places once more, and its copies of those whose rank is an orphan; how
+        many are on their way."""
+        held = [each for each in self._vault.held() if each.version == version]
+        own = sorted({each.rank for each in held if each.own or each.rank in orphans})
         return sum(self._store_again(version, rank, where, to[where]) for rank in own for where in to)
 
     def _store_again(self, version: VersionId, rank: int, where: Where, there: tuple[str, int]) -> bool:

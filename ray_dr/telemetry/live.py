@@ -79,6 +79,8 @@ class Live:
     def heard(self, upload: Upload) -> None:
         """An agent's newest word about one part."""
         with self._changed:
+            if self._saved is not None and upload.version <= self._saved.version:
+                return  # said again to somebody new
             self._parts.setdefault(upload.version, {})[upload.rank] = upload
             stored = self._stored.setdefault(upload.version, set())
             stored.discard(upload.rank)

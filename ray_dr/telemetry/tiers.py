@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -76,6 +76,11 @@ class Completeness:
         rows = [_forget(row, node) if row.where in NODE_LOCAL else row for row in self.rows]
         return dataclasses.replace(self, rows=tuple(row for row in rows if row.copies))
 
+    def forget(self, version: VersionId, where: Where) -> Completeness:
+        """As if nothing was known of a version there: what is reported again counts again."""
+        rows = tuple(row for row in self.rows if (row.version, row.where) != (version, where))
+        return dataclasses.replace(self, rows=rows)
+
     def begin(self, keep: VersionId | None) -> Completeness:
         """A new attempt goes on from `keep`: the agents let go of every other version in memory."""
         rows = tuple(row for row in self.rows if row.where not in IN_MEMORY or row.version == keep)
@@ -89,6 +94,12 @@ class Completeness:
         """Who holds parts of a version there."""
         row = self._row(version, where)
         return frozenset(node for _, node in row.copies) if row else frozenset()
+
+    def orphans(self, version: VersionId, nodes: Collection[str]) -> frozenset[int]:
+        """Ranks whose own node is not among `nodes`: only copies of their parts of a version can be left in memory."""
+        row = self._row(version, Where.MEMORY)
+        held = {rank for rank, node in row.copies if node in nodes} if row else set()
+        return frozenset(range(row.world)) - held if row else frozenset()
 
     def armed(self) -> VersionId | None:
         """The newest version of which every part has all its copies in memory: what a loss within the promise costs is the

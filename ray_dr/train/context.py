@@ -48,6 +48,7 @@ class Control:
     def __init__(self, attempt: int, cadence: Cadence = EVERY_STEP) -> None:
         self.attempt, self.cadence = attempt, cadence
         self.next_cadence: Cadence | None = None
+        self.terms: dict[str, int] | None = None
         self.step = 0
         self.aborted = False
         self.everywhere = False
@@ -167,7 +168,7 @@ class Context:
 
         Between a step's beginning and its `optimizer.step()`, do not change parameters in place: a save may be copying
         them. Such a change is noticed (the save is given up, "save.torn" in the journal), but not always one made through
-        `.data` or by a CUDA graph.
+        `.data` or by a CUDA graph, nor one that is still being made when the copy ends.
         """
         try:
             while state.step < until:
@@ -276,7 +277,7 @@ class Context:
         index, slot = taken
         part = self._part(state, flat, plan)
         self._window = self._window[-RECORDS_KEPT:]  # the part carries the rest; these few cover a part that gets lost
-        to = {str(place): self._name_and_term(place) for place in sorted(places) if place in self._a.terms}
+        to = {str(place): self._name_and_term(place) for place in sorted(places) if place in self._terms}
         parcel = Parcel(self._link, index, part, self._a.copy_to, to, wanted=lambda: not self._control.aborted)
         self._fence.stage(plan, flat, slot, parcel, begun=begun, behind=not wait_s)
 
@@ -285,7 +286,11 @@ class Context:
         self._fence.close(failed=error is not None, cut_off=error is not None and is_collective_error(error))
 
     def _name_and_term(self, place: Where) -> tuple[str, int]:
-        return (self._a.disk[1] if place is Where.DISK else self._a.job), self._a.terms[place]
+        return (self._a.disk[1] if place is Where.DISK else self._a.job), self._terms[place]
+
+    @property
+    def _terms(self) -> dict[str, int]:
+        return self._a.terms if self._control.terms is None else self._control.terms
 
     def _part(self, state: State, flat: Flat, plan: Any) -> Part:
         version = VersionId(self._a.attempt, state.step)

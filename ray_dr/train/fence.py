@@ -141,8 +141,9 @@ class Fence:
         if not later:
             return parcel.hand_over(stall_s=time.monotonic() - begun, staged_at=time.time())
         copy, samples = Copy(pairs), tuple(_samples(later))
-        self._behind = _Behind(copy, tuple(watched), samples, parcel, time.monotonic() - begun, time.time())
-        self._carried = self._thread.submit(self._carry, self._behind)
+        under_way = _Behind(copy, tuple(watched), samples, parcel, time.monotonic() - begun, time.time())
+        self._carried = self._thread.submit(self._carry, under_way)
+        self._behind = under_way
         return None
 
     def wait(self) -> float:
@@ -190,6 +191,9 @@ class Fence:
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         if torch.compiler.is_compiling():
             return  # a compiled step cannot wait
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            self._trusts = False  # what is captured will be replayed without this hook
+            return
         self._held_up_s += self.wait()
         self._stepped.add(id(optimizer))
 

@@ -33,6 +33,8 @@ class Link:
         self._free: set[int] = set()
         self._path = ""
         self._asked, self._answered = -1, False
+        self._asks = 0
+        self._taken: dict[int, str] = {}
         self._refused: ConfigError | None = None
         self._connection.send({"op": "worker", "worker": worker, "pid": pid})
         threading.Thread(target=self._listen, name="link", daemon=True).start()
@@ -42,7 +44,9 @@ class Link:
         with self._changed:
             self._asked, self._answered, self._refused = size, False, None
             self._free.clear()
-        self._connection.send({"op": "pool", "size": size})
+            self._asks += 1
+            ask = self._asks
+        self._connection.send({"op": "pool", "size": size, "ask": ask})
 
     def asked_for(self, size: int) -> bool:
         """Whether this attempt has asked for slots of at least so many bytes."""
@@ -66,6 +70,7 @@ class Link:
                 raise self._refused
             index = min(self._free)
             self._free.discard(index)
+            self._taken[index] = self._path
             return index, self._slots[index]
 
     def mapped(self, path: str, size: int) -> memoryview | None:
@@ -89,8 +94,8 @@ class Link:
         """Hand a filled slot over to the agent: for copies at the agents `copy_to`, and for durable places, with the job's
         name and term there."""
         self._connection.send({
-            "op": "staged", "slot": slot, "part": describe(part), "staged_at": staged_at, "stall_s": stall_s,
-            "copy_to": list(copy_to), "to": dict(to),
+            "op": "staged", "slot": slot, "path": self._taken.get(slot, ""), "part": describe(part),
+            "staged_at": staged_at, "stall_s": stall_s, "copy_to": list(copy_to), "to": dict(to),
         })  # fmt: skip
 
     def step(self, record: StepRecord, at: float) -> None:
@@ -122,6 +127,8 @@ class Link:
 
     def _take(self, header: dict[str, Any]) -> None:
         with self._changed:
+            if header["op"] in ("pool", "no pool") and header["ask"] != self._asks:
+                return  # the answer to an older question
             if header["op"] == "pool":
                 # Slots that came free after the agent had drawn up its answer are news that may arrive before it. None
                 # can have been taken meanwhile: before the answer no slot is handed out.

@@ -78,6 +78,14 @@ class Session:
         with self._lock:
             return self._control.stop_at(step, everywhere) if attempt == self._control.attempt else -1
 
+    def set_terms(self, attempt: int, terms: dict[str, int]) -> bool:
+        """The places that can be saved to, with the term there, have changed."""
+        with self._lock:
+            if attempt != self._control.attempt:
+                return False
+            self._control.terms = dict(terms)
+            return True
+
     def set_cadence(self, attempt: int, cadence: Cadence) -> bool:
         """Save at other intervals from a later step on."""
         with self._lock:

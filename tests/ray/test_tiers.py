@@ -10,8 +10,10 @@ import pytest
 import ray
 
 from ray_dr.actors.local_cluster import LocalCluster
-from ray_dr.model.job import DiskTier, Every, Job, MemoryTier, StoreTier
+from ray_dr.model.job import DiskTier, Every, Job, MemoryTier, StoreTier, Workers
 from ray_dr.model.journal import Record, Restored, VersionSaved, Where
+from ray_dr.repository.commit import CommitLog
+from ray_dr.stores.open import open_store
 from tests.ray import jobs
 from tests.ray.programs import replicated
 
@@ -95,6 +97,21 @@ def test_with_the_first_store_and_the_disks_lost_the_job_goes_on_from_the_second
     assert set(sources(running.records(), again.attempt)) == {"second"}
     assert jobs.final_state(spec) == undisturbed
     assert jobs.final_state(jobs.replace(spec, store=spec.second)) == undisturbed
+
+
+def test_the_parts_of_several_workers_of_a_node_reach_every_place(cluster: LocalCluster, tmp_path: Path) -> None:
+    spec = spec_of("two-per-node", tmp_path, workers=Workers(1, 1, 1, per_node=2, cpus_per_worker=0.5))
+    running = jobs.start(replicated, spec)
+    running.wait_for_step(50)
+    rows = running.snapshot()["tiers"]["rows"]
+    assert any(row["where"] == "disk" and len({rank for rank, _ in row["copies"]}) == 2 for row in rows)
+    assert running.outcome().step == STEPS
+    for tier in (spec.store, spec.second):
+        assert tier is not None
+        steps = [manifest.version.step for manifest in CommitLog(open_store(tier.url), spec.name).checkpoints()]
+        assert 40 in steps
+        assert STEPS in steps
+    jobs.assert_exact_data(running)
 
 
 def test_three_copies_outlive_two_nodes_at_once(cluster: LocalCluster, tmp_path: Path) -> None:

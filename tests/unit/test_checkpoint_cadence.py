@@ -197,3 +197,20 @@ def test_the_journal_tells_what_is_armed() -> None:
     lost = NodeLost(2.0, "a", "power", 3)
     records.append(Decided(2.0, 1, 1, lost, initial(), (), ""))
     assert fold(records).armed() is None
+
+
+def test_what_is_forgotten_counts_again_when_it_is_reported_again() -> None:
+    state, _ = add(Completeness(), 1, 0, Where.STORE)
+    state, new = add(state, 1, 1, Where.STORE)
+    assert new == ((VersionId(1, 1), Where.STORE),)
+    state = state.forget(VersionId(1, 1), Where.STORE)
+    state, new = add(state, 1, 0, Where.STORE)
+    assert new == ()
+    assert add(state, 1, 1, Where.STORE)[1] == ((VersionId(1, 1), Where.STORE),)
+
+
+def test_a_rank_whose_own_node_is_gone_is_an_orphan() -> None:
+    state, _ = add(Completeness(), 1, 0, Where.MEMORY, "a")
+    state, _ = add(state, 1, 1, Where.MEMORY, "b")
+    assert state.orphans(VersionId(1, 1), {"a"}) == {1}
+    assert state.orphans(VersionId(1, 2), {"a"}) == frozenset()

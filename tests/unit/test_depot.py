@@ -26,7 +26,18 @@ def put(depot: Depot, step: int, fill: bytes = b"x") -> SavedPart:
 
 
 def commit(depot: Depot, step: int) -> None:
-    depot.committed(depot.log.commit(depot.manifest(VersionId(1, step), 1, 0)))
+    manifest = depot.manifest(VersionId(1, step), 1, 0)
+    assert manifest is not None
+    depot.committed(depot.log.commit(manifest))
+
+
+def test_a_version_of_which_a_part_is_missing_is_no_manifest_and_may_be_asked_for_again() -> None:
+    depot = Depot(StoreTier("memory://depot-parts"), "job", "me")
+    put(depot, 1)
+    assert depot.manifest(VersionId(1, 1), 2, 0) is None
+    assert depot.manifest(VersionId(1, 2), 1, 0) is None
+    for _ in range(2):
+        assert depot.manifest(VersionId(1, 1), 1, 0) is not None, "a commit that failed is tried again"
 
 
 def test_what_is_committed_is_known_and_the_rest_is_pruned() -> None:

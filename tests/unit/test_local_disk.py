@@ -72,7 +72,7 @@ def test_a_log_that_was_emptied_is_another_life() -> None:
         assert CommitLog(store, "job").life() == found, "the same for ever"
         return found
 
-    first, second = life(MemoryStore("one")), life(MemoryStore("two"))
+    first, second = life(MemoryStore("life-one")), life(MemoryStore("life-two"))
     assert first != second
     assert len(first) == 12
 

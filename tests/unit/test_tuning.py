@@ -49,6 +49,11 @@ class Supervisor:
         self.perform = Workers(first_cadence(self.job))
         self.tuning = Tuning(self)  # type: ignore[arg-type]
 
+    def tune(self) -> None:
+        """When every rank has begun with the last cadence."""
+        self.progress.rank_steps[0] = max(self.progress.newest, self.perform.cadence.from_step)
+        self.tuning.tune(GROUP)
+
     def note(self, name: str, **fields: object) -> None:
         self.notes.append(Noted(0.0, name, fields))
 
@@ -73,14 +78,14 @@ def test_every_change_is_told_to_the_workers_and_to_the_journal_with_its_reason(
     host = Supervisor(Job("job", StoreTier("memory://x")))
     host.train(20, write_s=1.0)
     before = host.perform.cadence
-    host.tuning.tune(GROUP)
+    host.tune()
     (note,) = host.notes
     assert note.name == "cadence.changed"
     assert (note.fields["memory_every"], note.fields["store_every"]) == (8, 300)
     assert "a save costs 4 ms" in str(note.fields["reason"])
     assert host.perform.cadence != before
     for _ in range(9):
-        host.tuning.tune(GROUP)
+        host.tune()
     assert host.names() == ["cadence.changed"], "settled"
 
 
@@ -96,7 +101,7 @@ def test_an_objective_out_of_reach_is_told_once_and_so_is_that_it_is_met_again()
     host = Supervisor(Job("job", StoreTier("memory://x"), rpo_s=5.0))
     host.train(20, write_s=30.0)
     for _ in range(9):
-        host.tuning.tune(GROUP)
+        host.tune()
     (note,) = [note for note in host.notes if note.name.startswith("rpo.")]
     assert note.name == "rpo.unreachable"
     assert str(note.fields["reason"]).startswith(
@@ -105,7 +110,7 @@ def test_an_objective_out_of_reach_is_told_once_and_so_is_that_it_is_met_again()
     for _ in range(99):
         host.train(0, write_s=1.0)
     for _ in range(9):
-        host.tuning.tune(GROUP)
+        host.tune()
     assert [name for name in host.names() if name.startswith("rpo.")] == ["rpo.unreachable", "rpo.reachable"]
 
 
@@ -151,3 +156,13 @@ def test_a_damaged_journal_begins_the_count_anew_and_says_so() -> None:
     host.recalled()
     assert host.names() == ["losses.unknown"]
     assert "line 1 is damaged" in str(host.notes[0].fields["error"])
+
+
+def test_while_a_change_has_not_begun_no_other_one_is_told() -> None:
+    host = Supervisor(Job("job", StoreTier("memory://x"), rpo_s=5.0))
+    host.train(20, write_s=30.0)
+    host.tune()
+    host.train(0, write_s=0.01)
+    before = host.perform.cadence
+    host.tuning.tune(GROUP)
+    assert host.perform.cadence is before

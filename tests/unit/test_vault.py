@@ -174,6 +174,24 @@ def test_the_newest_complete_version_stays_while_a_newer_one_is_sealed(node: Nod
     node.vault.done(sealing)
 
 
+def test_a_save_that_waits_gets_the_slot_of_the_newest_version_while_a_slow_store_reads_the_older(node: Node) -> None:
+    node.save(v(1))
+    storing = node.vault.read(v(1), 0)
+    node.save(v(2))
+    node.vault.completed(v(2))
+    node.vault.want("w0", waiting=True)
+    assert len(node.free) == 1
+    assert content(node.vault, v(1)) == fill(v(1), node.size), "what is left should the save to come be cut off"
+    node.vault.done(storing)
+
+
+def test_a_slot_of_a_pool_that_was_replaced_is_not_taken_for_the_new_ones(node: Node) -> None:
+    old = node.path
+    node.open(10_000)
+    with pytest.raises(NotFound, match="has another pool"):
+        node.vault.stage("w0", 0, version=v(1), rank=0, world=1, size=1000, path=old)
+
+
 def test_two_versions_that_never_complete_do_not_hold_up_the_next(node: Node) -> None:
     for step in range(1, 9):
         node.save(v(step))

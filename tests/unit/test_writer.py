@@ -361,6 +361,31 @@ def test_copies_go_to_every_peer_and_say_on_which_node_they_are(bench: Bench, pe
     third.close()
 
 
+def test_the_ranks_of_a_node_line_up_for_the_store_with_one_version(bench: Bench) -> None:
+    released = bench.store.hang("put")
+    version = VersionId(1, 1)
+    for rank in range(2):
+        slot = bench.free.pop()
+        bench.slots[slot * bench.per_slot : slot * bench.per_slot + SIZE] = bytes([rank]) * SIZE
+        holding = bench.vault.stage("w0", slot, version=version, rank=rank, world=2, size=SIZE)
+        bench.writer.submit(Task(holding, Part(version, rank, 2, SIZE, (), ()), 0.0, 0.0, (), STORE))
+    assert bench.writer.settle(WAIT_S)
+    assert bench.writer.store_again(version, STORE) == 0, "both are on their way already"
+    released.set()
+    assert bench.writer.drain(WAIT_S)
+    stored = [r.rank for r, _ in bench.said if isinstance(r, PartSaved) and r.where is Where.STORE]
+    assert stored == [0, 1]
+    assert bench.notes == []
+
+
+def test_a_copy_is_put_for_a_rank_whose_node_is_gone(bench: Bench, peer: Agent) -> None:
+    bench.save(1, peer=peer.address)
+    assert bench.writer.settle(WAIT_S)
+    assert peer.writer.store_again(VersionId(1, 1), STORE) == 0, "it is somebody else's"
+    assert peer.writer.store_again(VersionId(1, 1), STORE, [0]) == 1
+    assert peer.writer.drain(WAIT_S)
+
+
 def test_a_final_save_waits_behind_the_one_the_store_is_taking(bench: Bench) -> None:
     released = bench.store.hang("put")
     bench.save(1, to_store=True)
