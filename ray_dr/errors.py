@@ -13,6 +13,7 @@
     │       └── StoreBusy      throttled: it asks for patience
     ├── CheckpointError        a checkpoint cannot be used
     │   ├── CorruptChunk       bytes do not match their hash
+    │   ├── CopiesAway         no copy can be read now, but not all of them are damaged or gone
     │   ├── IncompatibleState  names, shapes or dtypes differ: carries the list of differences
     │   ├── UnsupportedState   a state_dict holds something that cannot be stored without pickle
     │   └── NoCheckpoint       nothing to restore from
@@ -93,6 +94,10 @@ class CorruptChunk(CheckpointError):
     def __init__(self, chunk: str, *, source: str) -> None:
         self.chunk, self.source = chunk, source
         super().__init__(f"chunk {chunk[:16]} read from {source} does not match its hash")
+
+
+class CopiesAway(CheckpointError):
+    """A chunk can't be read now: of its copies at least one is neither damaged nor missing, only out of reach."""
 
 
 class IncompatibleState(CheckpointError):

@@ -22,7 +22,7 @@ from blake3 import blake3
 
 from ray_dr.checkpoint.memory import copy_into
 from ray_dr.checkpoint.restore_plan import Read, plan_restore, reads_by_chunk
-from ray_dr.errors import CheckpointError, CorruptChunk, NotFound, ObjectTooShort, StoreError
+from ray_dr.errors import CheckpointError, CopiesAway, CorruptChunk, NotFound, ObjectTooShort, StoreError
 from ray_dr.model.checkpoint import Box, Chunk, Part
 from ray_dr.repository.layout import chunk_key
 from ray_dr.stores.base import Store
@@ -215,7 +215,7 @@ class _Fetch:
 
     def _read(self, job: _Job, room: _Room) -> Kind:
         """Fill the chunk's places from a verified copy, and say from what kind of source."""
-        tried = []
+        tried, away = [], False
         places = self._places(job)
         for source in self._nearest(job.rank):
             try:
@@ -230,7 +230,9 @@ class _Fetch:
                 self._put_last(source, error)
                 if isinstance(error, NotFound | ObjectTooShort):
                     self.on_bad(source, job.rank, job.chunk)
-        raise CheckpointError(
+                else:
+                    away = True
+        raise (CopiesAway if away else CheckpointError)(
             f"chunk {job.chunk.id[:16]} of rank {job.rank}'s part has no good copy ({'; '.join(tried) or 'no source'})"
         )
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ray_dr.errors import CheckpointError, IncompatibleState, RayDrError, UnsupportedState
+from ray_dr.errors import CheckpointError, CopiesAway, IncompatibleState, RayDrError, UnsupportedState
 from ray_dr.model import codec
 from ray_dr.model.attempt import Assignment, Cadence
 from ray_dr.model.journal import Marked, Noted
@@ -139,11 +139,13 @@ class Session:
     def _raised(self, a: Assignment, control: Control, error: BaseException) -> WorkerStopped | WorkerRaised:
         if control.aborted:
             return WorkerStopped(time.time(), a.worker, a.attempt, control.step)
-        collateral = collectives.is_collective_error(error)
-        if not collateral:
+        away = isinstance(error, CopiesAway)  # no fault of the program's, nor of the version's: another attempt may succeed
+        collateral = away or collectives.is_collective_error(error)
+        if away or not collateral:
             text = "".join(traceback.format_exception(error))[-ERROR_CHARS:]
             self._link.record(Noted(time.time(), "train.raised", {"worker": a.worker, "rank": a.rank, "trace": text}))
-        unreadable = isinstance(error, CheckpointError) and not isinstance(error, IncompatibleState | UnsupportedState)
+        readable = IncompatibleState | UnsupportedState | CopiesAway
+        unreadable = isinstance(error, CheckpointError) and not isinstance(error, readable)
         return WorkerRaised(
             time.time(), a.worker, a.attempt, normalise(error), collateral, control.step, unreadable=unreadable
         )

@@ -17,7 +17,7 @@ from ray_dr.checkpoint.export import export_safetensors
 from ray_dr.checkpoint.reader import MemorySource, StoreSource, read_state
 from ray_dr.checkpoint.restore_plan import build_index, compare, plan_restore
 from ray_dr.checkpoint.save_plan import plan_save, replicated, whole
-from ray_dr.errors import CheckpointError, CorruptChunk, UnsupportedState
+from ray_dr.errors import CheckpointError, CopiesAway, CorruptChunk, UnsupportedState
 from ray_dr.model.checkpoint import Chunk, Part, VersionId
 from ray_dr.repository.layout import chunk_key
 from ray_dr.stores.memory import MemoryStore
@@ -83,8 +83,11 @@ def test_a_source_that_fails_is_asked_last_from_then_on() -> None:
 def test_no_good_copy_is_an_error_that_names_every_try() -> None:
     part, stream = saved()
     stream[0] ^= 1
-    with pytest.raises(CheckpointError, match=r"no good copy.*own memory.*peer 10\.0\.0\.9"):
+    with pytest.raises(CopiesAway, match=r"no good copy.*own memory.*peer 10\.0\.0\.9"):
         read_state([part], buffers(part), {0: [MemorySource(memoryview(stream)), Gone([])]}, on_corrupt=lambda e: None)
+    with pytest.raises(CheckpointError) as caught:
+        read_state([part], buffers(part), {0: [MemorySource(memoryview(stream))]}, on_corrupt=lambda e: None)
+    assert not isinstance(caught.value, CopiesAway), "what is damaged everywhere won't come back"
 
 
 def test_no_source_at_all_is_an_error() -> None:
