@@ -19,11 +19,12 @@ from ray_dr.errors import CheckpointError, ConfigError, Fenced, NoCheckpoint
 from ray_dr.model.checkpoint import Manifest, Part, PartRef, VersionId
 from ray_dr.repository.chunks import KnownChunks
 from ray_dr.repository.commit import FORMAT, CommitLog
-from ray_dr.repository.layout import journal_prefix, parts_prefix, save_folder
+from ray_dr.repository.layout import parts_prefix, save_folder
 from ray_dr.repository.saving import SavedPart, save_part
 from ray_dr.repository.sharing import take_base
 from ray_dr.stores.base import Store
 from ray_dr.stores.open import refuse_locked
+from ray_dr.telemetry.journal import prefix_of
 
 DEFAULT_JOB = "main"
 HASH_THREADS = 2
@@ -87,7 +88,7 @@ class DirectJob:
         return committed
 
     def _refuse_supervised(self) -> None:
-        if next(iter(self.store.list(journal_prefix(self.job))), None) is not None:
+        if next(iter(self.store.list(prefix_of(self.job))), None) is not None:
             raise ConfigError(f"{self.store.url} has a job {self.job!r} that `ray_dr.run` runs", key="job",
                               remedy="saving to it would fence its supervisor; choose another name")  # fmt: skip
 

@@ -1,10 +1,10 @@
-"""Where everything lies in a store. No other module writes a key by hand.
+"""Where everything lies in a store. No other module writes a key by hand, but for the three that are named here.
 
     jobs/<job>/log/<seq>.json                            the commit log, numbered from 1 without a gap
     jobs/<job>/log/<seq>.mark                            empty: says that the log has this number
     jobs/<job>/parts/<save>/r<rank>-<digest>.json        part lists, named by the first half of their BLAKE3 hash
     jobs/<job>/chunks/<save>/<id>                        bytes, named by their BLAKE3 hash and the save that put them
-    jobs/<job>/journal/<term>-<segment>.jsonl            journal segments
+    jobs/<job>/journal/<term>-<segment>.jsonl            journal segments, written by `telemetry.journal`
     jobs/<job>/live.json                                 what goes on now, overwritten by `telemetry.live`
     keys/<data key>-<wrapper>.json                       of an encrypted store only, written by `stores.keys`
 
@@ -22,7 +22,6 @@ from ray_dr.model.checkpoint import Chunk, VersionId
 _JOB = re.compile(r"^[a-zA-Z0-9][a-zA-Z0-9._=-]{0,127}$")
 _LOG = re.compile(r"/log/(\d{12})\.(?:json|mark)$")
 _SAVE = re.compile(r"/(?:parts|chunks)/((\d{6,})-(\d{12,})-(\d{6,}))/")
-_JOURNAL = re.compile(r"/journal/(\d{6,})-(\d{8,})\.jsonl$")
 
 _PART = re.compile(r"/r(\d{5,})-([0-9a-f]{32})\.json$")
 
@@ -96,17 +95,3 @@ def chunk_key(job: str, chunk: Chunk) -> str:
     assert chunk.folder, f"chunk {chunk.id} is in no store"
     other, _, folder = chunk.folder.rpartition("/")
     return f"{chunks_prefix(other or job, folder)}{chunk.id}"
-
-
-def journal_prefix(job: str) -> str:
-    return f"{job_prefix(job)}journal/"
-
-
-def journal_key(job: str, *, term: int, segment: int) -> str:
-    return f"{journal_prefix(job)}{term:06d}-{segment:08d}.jsonl"
-
-
-def journal_segment(key: str) -> tuple[int, int] | None:
-    """(term, segment) of a journal segment; None for any other key."""
-    found = _JOURNAL.search(key)
-    return (int(found[1]), int(found[2])) if found else None

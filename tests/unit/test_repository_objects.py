@@ -13,6 +13,7 @@ from ray_dr.repository.chunks import KnownChunks, chunk_id, get_chunk, put_chunk
 from ray_dr.repository.parts import read_part, write_part
 from ray_dr.stores.faulty import FaultyStore
 from ray_dr.stores.memory import MemoryStore
+from ray_dr.telemetry.journal import segment_key
 
 DATA = bytes(range(97))
 ID = chunk_id(DATA)
@@ -35,7 +36,7 @@ def test_keys_are_as_the_layout_says() -> None:
     chunk = replace(CHUNK, folder=layout.save_folder(version, 2))
     assert layout.chunk_key("j", chunk) == f"jobs/j/chunks/000003-000000001200-000002/{ID}"
     assert layout.chunk_key("j", chunk).startswith(layout.chunks_prefix("j", chunk.folder))
-    assert layout.journal_key("j", term=2, segment=5) == "jobs/j/journal/000002-00000005.jsonl"
+    assert segment_key("j", 2, 5) == "jobs/j/journal/000002-00000005.jsonl"
 
 
 def test_keys_are_read_back() -> None:
@@ -45,11 +46,9 @@ def test_keys_are_read_back() -> None:
         assert layout.folder_of(key) in (layout.save_folder(version, 2), FOLDER)
     assert layout.version_of(layout.part_key("j", version, term=2, rank=4, digest=ID)) == version
     assert layout.version_of(layout.chunk_key("j", CHUNK)) == VersionId(1, 10)
-    assert layout.journal_segment(layout.journal_key("j", term=2, segment=5)) == (2, 5)
     assert layout.log_seq("jobs/j/log/x.json") is None
     assert layout.version_of("jobs/j/log/000000000007.json") is None
     assert layout.folder_of("jobs/j/log/000000000007.json") == ""
-    assert layout.journal_segment("jobs/j/journal/x") is None
 
 
 @pytest.mark.parametrize("job", ["", "a/b", "../a", "a..b", ".a", "a b", "x" * 129])

@@ -34,10 +34,11 @@ from ray_dr.errors import (
 )
 from ray_dr.model.checkpoint import DTYPE_BYTES
 from ray_dr.repository.commit import CommitLog
-from ray_dr.repository.layout import chunk_key, chunks_prefix, journal_key
+from ray_dr.repository.layout import chunk_key, chunks_prefix
 from ray_dr.repository.parts import read_part
 from ray_dr.stores.keys import WrongKey
 from ray_dr.stores.open import open_store
+from ray_dr.telemetry.journal import segment_key
 from ray_dr.train import standalone
 from ray_dr.train.state import bytes_of
 
@@ -342,7 +343,7 @@ def test_a_process_that_was_overtaken_cannot_save(url: str) -> None:
 
 
 def test_a_supervised_job_is_not_fenced(url: str) -> None:
-    open_store(url).put(journal_key("main", term=1, segment=1), b"{}")
+    open_store(url).put(segment_key("main", 1, 1), b"{}")
     with pytest.raises(ConfigError, match="choose another name"):
         ray_dr.save({"a": 1}, url)
 
