@@ -31,7 +31,7 @@ HEAVY = ("ray", "torch", "boto3", "botocore")
 PURE_PACKAGES = ("model", "recovery", "scheduling", "planning", "detection")
 PURE_FILES = (
     "checkpoint/save_plan.py", "checkpoint/restore_plan.py", "checkpoint/cadence.py", "telemetry/tiers.py",
-    "checkpoint/pace.py", "checkpoint/failures.py", "checkpoint/duty.py", "checkpoint/mesh.py",
+    "checkpoint/pace.py", "checkpoint/failures.py", "checkpoint/duty.py", "checkpoint/mesh.py", "checkpoint/cut.py",
     "repository/retention.py", "telemetry/timeline.py", "telemetry/lineage.py",
 )  # fmt: skip
 IMPURE = (

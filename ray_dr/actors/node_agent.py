@@ -12,6 +12,7 @@ through one authenticated server (`stores.wire`); a closed connection is the fas
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import math
 import os
@@ -127,7 +128,7 @@ class Agent:
         store = open_store(store_url)
         places: dict[Where, Callable[[], Store]] = {Where.STORE: lambda: store}
         if second_url:
-            places[Where.SECOND] = lambda: open_store(second_url)
+            places[Where.SECOND] = functools.cache(lambda: open_store(second_url))  # an error is not kept
         self.disk = LocalDisk(lambda: open_store(disk[0]), disk[1], node) if disk else None
         if self.disk is not None:
             on_disk = self.disk

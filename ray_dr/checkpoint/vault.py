@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 
 from ray_dr.checkpoint.memory import Pool, available_bytes
 from ray_dr.errors import ConfigError, NotFound, StoreError
-from ray_dr.model.checkpoint import Held, Part, StepRecord, VersionId
+from ray_dr.model.checkpoint import Held, Part, VersionId
 
 PAGE_BYTES = 4096
 SLOTS = 2
@@ -265,11 +265,6 @@ class Vault:
                 for h in self._holdings.values()
                 if h.part is not None
             )
-
-    def records(self, version: VersionId) -> tuple[StepRecord, ...]:
-        """Step records that came with the parts of a version."""
-        with self._lock:
-            return tuple(r for h in self._holdings.values() if h.version == version and h.part for r in h.part.records)
 
     def close(self) -> None:
         """Give all memory back to the system."""

@@ -257,6 +257,10 @@ class Context:
         """Save to memory, and so on to `places`. `wait_s`: wait so long for a free slot, and until all is copied; 0: without
         a free slot leave it be, and copy what can be copied later while training goes on."""
         self._fence.settle()
+        version = VersionId(self._a.attempt, state.step)
+        if not wait_s and self._link.full():  # before the state is described for nothing
+            self._link.want_slot(version)
+            return
         begun = time.monotonic()
         flat = flatten(state.objects, rank=self._a.rank, world=self._a.world)
         plan = self._planner.plan(flat)
@@ -265,7 +269,7 @@ class Context:
         taken = self._link.take_slot(plan.size, 0.0)
         while taken is None:
             left = begun + wait_s - time.monotonic()
-            self._link.want_slot(None if left > 0 else VersionId(self._a.attempt, state.step))
+            self._link.want_slot(None if left > 0 else version)
             if left <= 0:
                 break
             taken = self._link.take_slot(plan.size, min(left, WANT_S))

@@ -52,6 +52,11 @@ class Link:
         """Whether this attempt has asked for slots of at least so many bytes."""
         return self._asked >= size
 
+    def full(self) -> bool:
+        """Whether the slots are there and none of them is free."""
+        with self._changed:
+            return self._answered and not self._free
+
     def reset(self) -> None:
         """A new attempt: slots must be asked for again, in the size of its plan."""
         with self._changed:

@@ -68,6 +68,10 @@ class Tapped(Link):
         self.taken.append(found[0])
         return found
 
+    def full(self) -> bool:
+        """Never: `take_slot` waits."""
+        return False
+
     def give_back(self, slot: int) -> None:
         self.returned.append(slot)
         super().give_back(slot)

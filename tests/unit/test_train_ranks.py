@@ -77,7 +77,7 @@ def fit_and_copy_behind(ctx: Context) -> tuple[dict[int, bytes], dict[int, bytes
         carry(copy)
 
     usual, fence.AT_ONCE_BYTES = fence.AT_ONCE_BYTES, 1
-    vars(link).update(staged=keep, take_slot=functools.partial(take_slot, link))
+    vars(link).update(staged=keep, take_slot=functools.partial(take_slot, link), full=lambda: False)
     vars(ctx._fence).update(stage=stage_twice, _carry=carry_counted)
     fit(ctx)
     fence.AT_ONCE_BYTES = usual

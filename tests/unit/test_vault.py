@@ -296,7 +296,10 @@ def test_a_copy_that_is_read_is_not_overwritten_by_the_next(node: Node) -> None:
 
 def test_step_records_travel_with_their_part(node: Node) -> None:
     node.save(v(4))
-    assert [record.step for record in node.vault.records(v(4))] == [4]
+    held = node.vault.read(v(4), 0)
+    assert held.part is not None
+    assert [record.step for record in held.part.records] == [4]
+    node.vault.done(held)
 
 
 def test_a_thousand_saves_take_no_more_memory_than_the_first_few(node: Node) -> None:
