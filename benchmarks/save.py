@@ -17,7 +17,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -61,13 +61,15 @@ RAW_OBJECTS = 32
 KEY = "5a" * 32
 
 
-def make_state(size: int) -> dict[str, torch.Tensor]:
-    """Float32 tensors of 1 KB to 100 MB, as many small as large ones, `size` bytes in all; the same everywhere."""
+def make_state(size: int, count: int = 0) -> dict[str, torch.Tensor]:
+    """Float32 tensors of 1 KB to 100 MB, as many small as large ones, `size` bytes in all; the same everywhere. `count`: so
+    many of equal size instead."""
     numbers = np.random.default_rng(0)
     state: dict[str, torch.Tensor] = {}
     left = size
     while left > 0:
-        each = min(left, int(SMALLEST * (LARGEST / SMALLEST) ** numbers.random()))
+        each = -(-size // count) if count else int(SMALLEST * (LARGEST / SMALLEST) ** numbers.random())
+        each = min(left, each)
         state[f"t{len(state):04d}"] = torch.from_numpy(numbers.random(-(-each // 4), np.float32))
         left -= each
     return state
@@ -76,8 +78,8 @@ def make_state(size: int) -> dict[str, torch.Tensor]:
 class Model(torch.nn.ParameterDict):
     """The state as a model's parameters, with the optimizer that updates all of it: each gradient is -1 everywhere."""
 
-    def __init__(self, size: int) -> None:
-        super().__init__(make_state(size))
+    def __init__(self, size: int, count: int = 0) -> None:
+        super().__init__(make_state(size, count))
         for parameter in self.parameters():
             parameter.grad = torch.full((1,), -1.0).expand_as(parameter)
         self.optimizer = torch.optim.SGD(self.parameters(), lr=1.0)
@@ -328,9 +330,9 @@ class Trainer:
         return time.perf_counter() - begun
 
 
-def _measure(name: str, folder: str, size: int, saves: int, pipe: Any) -> None:
+def _measure(name: str, folder: str, size: int, count: int, saves: int, pipe: Any) -> None:
     """In a process of its own: save `saves` times and tell what it took."""
-    model = Model(size)
+    model = Model(size, count)
     way, trainer = WAYS[name](Disk(Path(folder) / "saved"), model), Trainer(model, size)
     gc.collect()
     found = []
@@ -438,18 +440,20 @@ def floors(size: int, folder: Path) -> dict[str, float]:
     return {"memcpy_s": median(copies), "raw_put_s": median(writes)}
 
 
-def measure(size: int, rounds: int, saves: int) -> tuple[dict[str, list[dict[str, Any]]], dict[str, float]]:
+def measure(
+    size: int, rounds: int, saves: int, ways: Sequence[str], count: int = 0
+) -> tuple[dict[str, list[dict[str, Any]]], dict[str, float]]:
     """Way -> what each round's process told; and the floors (medians over the rounds)."""
     context = multiprocessing.get_context("spawn")
-    told: dict[str, list[dict[str, Any]]] = {name: [] for name in WAYS}
+    told: dict[str, list[dict[str, Any]]] = {name: [] for name in ways}
     seen: list[dict[str, float]] = []
     for number in range(rounds):
         with tempfile.TemporaryDirectory(prefix="rds-") as folder:
             seen.append(floors(size, Path(folder)))
-        for name in WAYS:
+        for name in ways:
             with tempfile.TemporaryDirectory(prefix="rds-") as folder:
                 here, there = context.Pipe()
-                process = context.Process(target=_measure, args=(name, folder, size, saves, there))
+                process = context.Process(target=_measure, args=(name, folder, size, count, saves, there))
                 process.start()
                 there.close()
                 told[name].append(here.recv())
@@ -475,11 +479,15 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="the last line is one JSON object")
     parser.add_argument("--megabytes", type=int, default=0, help="size of the state (default 1024; 256 with --quick)")
     parser.add_argument("--rounds", type=int, default=0, help="processes per way to save (default 2; 1 with --quick)")
+    parser.add_argument("--only", action="append", choices=list(WAYS), help="one of the ways; may be repeated")
+    parser.add_argument("--tensors", type=int, default=0, help="so many tensors of equal size")
     asked = parser.parse_args()
+    if asked.json and asked.only:
+        parser.error("--json compares all ways: leave --only out")
     seen = environment()
     say(json.dumps(seen))
     size, rounds = (asked.megabytes or (256 if asked.quick else 1024)) * 2**20, asked.rounds or (1 if asked.quick else 2)
-    told, floor = measure(size, rounds, 4 if asked.quick else 6)
+    told, floor = measure(size, rounds, 4 if asked.quick else 6, asked.only or list(WAYS), asked.tensors)
     found = {name: sum_up(each) for name, each in told.items()}
     head = ["way", "stall s (median / p95)", "to memcpy", "first stall s", "durable s", "durable s, alone", "raw / alone",
             "lost s", "CPU s", "peak / state"]  # fmt: skip
@@ -491,8 +499,8 @@ def main() -> None:
         for name, f in found.items()
     ]  # fmt: skip
     print(table(head, rows))
-    print(f"floors: memcpy {floor['memcpy_s']:.3f} s, raw write and fsync {floor['raw_put_s']:.2f} s, "
-          f"raw put in S3 {found[IN_S3]['raw_put_s']:.2f} s, of {size / 2**20:.0f} MB")  # fmt: skip
+    print(f"floors: memcpy {floor['memcpy_s']:.3f} s, raw write and fsync {floor['raw_put_s']:.2f} s, of {size / 2**20:.0f} MB"
+          + (f"; raw put in S3 {found[IN_S3]['raw_put_s']:.2f} s" if IN_S3 in found else ""))  # fmt: skip
     if asked.json:
         ours, peers = found["ray_dr"], [found[name] for name in found if name.startswith("DCP async")]
         print(json.dumps({
