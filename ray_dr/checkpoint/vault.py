@@ -132,11 +132,12 @@ class Vault:
         self, worker: str, slot: int, *, version: VersionId, rank: int, world: int, size: int, path: str = ""
     ) -> Holding:
         """Take over what a worker just copied into its slot, of the pool at `path`. The caller reads it: `done` must follow.
-        Raises NotFound when the worker has another pool by now."""
+        Raises NotFound when the worker has another pool by now, or none because this closes."""
         with self._lock:
-            place = self._workspaces[worker].slots[slot]
-            if path not in ("", place.pool.path):
-                raise NotFound(f"worker {worker} has another pool than {path} by now")
+            workspace = self._workspaces.get(worker)
+            if workspace is None or path not in ("", workspace.slots[slot].pool.path):
+                raise NotFound(f"worker {worker} has another pool than {path} by now, or none")
+            place = workspace.slots[slot]
             holding = Holding(version, rank, world, place.view[:size], place, place.pool, readers=1)
             self._reading.add(holding)
             self._holdings[holding.key] = holding

@@ -228,6 +228,26 @@ def test_asking_for_what_is_not_there_says_so_and_the_connection_stays(agent: Ag
     reader.close()
 
 
+def test_what_arrives_while_the_agent_closes_is_lost_with_a_word(agent: Agent) -> None:
+    link = Link(agent.address, TOKEN, "w0", 1)
+    link.open_pool(1000)
+    taken = link.take_slot(1000, WAIT_S)
+    assert taken is not None
+    link.give_back(taken[0])
+    watcher = watch(agent)
+    agent.vault.close()  # between the end of the server's sockets and that of the threads that serve them
+    stage(link, 1, b"late" * 250)
+    told: list[Any] = []
+    while not told:
+        told = [message["record"] for message in watcher.receive()[0]["messages"] if "record" in message]
+    assert (told[0]["name"], told[0]["fields"]["step"]) == ("save.lost", 1)
+    link.step(StepRecord(1, 2, 0, 1, ((0, 4),), "d", 0.1), 0.0)
+    while not any("Stepped" in str(message) for message in watcher.receive()[0]["messages"]):
+        pass
+    link.close()
+    watcher.close()
+
+
 def test_a_closed_agent_leaves_no_thread_that_serves(agent: Agent) -> None:
     link = Link(agent.address, TOKEN, "w0", 1)
     agent.close()
