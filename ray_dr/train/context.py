@@ -26,7 +26,7 @@ from ray_dr.train.fence import Fence, Parcel
 from ray_dr.train.link import Link
 from ray_dr.train.restore import restore
 from ray_dr.train.staging import Planner
-from ray_dr.train.state import Flat, flatten
+from ray_dr.train.state import Flat, Flattener
 
 RECORDS_KEPT = 4
 """Step records that every part repeats, for the case that the part before it got lost."""
@@ -110,6 +110,7 @@ class Context:
         self._a, self._link, self._control, self._token, self._store = assignment, link, control, token, store
         self._reducer = Reducer(assignment.rank, assignment.world, deterministic=assignment.deterministic)
         self._planner, self._fence = Planner(assignment.rank, assignment.world), fence or Fence()
+        self._flattener = Flattener(assignment.rank, assignment.world)
         self._data: Data | None = None
         self._logs: dict[str, float] = {}
         self._window: list[StepRecord] = []
@@ -154,7 +155,7 @@ class Context:
             restored = restore(self._a, objects, self._token, self._store, self._link)
             step = self._a.origin.version.step
             self._link.record(restored)
-        flatten(objects, rank=self._a.rank, world=self._a.world)  # what can't be saved is refused now, not hours later
+        self._flattener.flatten(objects)  # what can't be saved is refused now, not hours later
         self._fence.watch(objects.values())
         self._control.finish_step(step)
         if self._a.rank == 0 and self._data is not None:
@@ -262,7 +263,7 @@ class Context:
             self._link.want_slot(version)
             return
         begun = time.monotonic()
-        flat = flatten(state.objects, rank=self._a.rank, world=self._a.world)
+        flat = self._flattener.flatten(state.objects)
         plan = self._planner.plan(flat)
         if not self._link.asked_for(plan.size):
             self._link.open_pool(plan.size)

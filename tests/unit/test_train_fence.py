@@ -23,7 +23,7 @@ from ray_dr.train import fence
 from ray_dr.train.context import Context, Control, State, StopAttempt
 from ray_dr.train.fence import Fence
 from ray_dr.train.link import Link
-from ray_dr.train.staging import Copy, Planner, stage
+from ray_dr.train.staging import Copy, Piece, Planner, stage
 from ray_dr.train.state import flatten
 from tests.unit.train_programs import GUARD_S, TOKEN, Rows
 
@@ -233,6 +233,31 @@ def test_a_save_copied_at_the_last_moment_has_the_bytes_of_its_steps_end(
     assert link.saves == ends
     assert not link.notes
     assert len({ends[step]["model/norm.running_mean", (0,)] for step in ends}) == 5
+
+
+def test_what_moves_between_saves_is_copied_from_where_it_is(agent: Agent, link: Tapped, gate: Gate) -> None:
+    model = Net()
+    optimizer = Adam(model.parameters(), 0.1)
+    optimizer.register_step_pre_hook(gate.open)
+    usual = stepping(model, optimizer)
+    moves: dict[int, Callable[[], object]] = {
+        4: lambda: setattr(model.first.weight, "data", model.first.weight.data.clone()),
+        6: lambda: optimizer.state[model.last.bias].update(exp_avg=torch.ones(6)),
+        7: lambda: model.register_parameter("late", nn.Parameter(torch.ones(3))),
+        8: lambda: optimizer.add_param_group({"params": [model.late]}),
+        10: lambda: setattr(model.last, "weight", model.first.weight),
+    }
+
+    def body(step: int) -> None:
+        usual(step)
+        moves.get(step, lambda: None)()
+
+    ctx = context(agent, link, gate)
+    ends = train(ctx, ctx.restore(model=model, optimizer=optimizer), body, steps=12)
+    ctx.close()
+    assert link.saves == ends
+    assert gate.count == 11
+    assert not link.notes
 
 
 def test_the_first_step_of_any_optimizer_is_held_up(agent: Agent, link: Tapped, gate: Gate) -> None:
@@ -496,7 +521,7 @@ def test_a_copy_from_a_device_comes_after_all_that_the_device_was_given_before_a
     source = torch.zeros(2**10, 2**11, device="cuda")
     torch.cuda._sleep(200_000_000)  # about a tenth of a second, in which nothing below has happened on the device
     source.fill_(7.0)
-    copy = Copy([(slot.numpy().data, source.T)])
+    copy = Copy([Piece("w", 0, 8 * 2**20, source.T)], slot.numpy().data)
     del source
     thread = threading.Thread(target=copy.run)
     thread.start()
