@@ -16,7 +16,7 @@ from typing import Any
 
 from ray_dr.checkpoint.described import describe
 from ray_dr.checkpoint.lane import ChunkStream, Lane, Load
-from ray_dr.checkpoint.sealing import Sealer
+from ray_dr.checkpoint.sealing import Same, Sealer
 from ray_dr.checkpoint.throttle import Throttle
 from ray_dr.checkpoint.uploads import Uploads
 from ray_dr.checkpoint.vault import Holding, Vault
@@ -36,7 +36,8 @@ Places = Mapping[Where, tuple[str, int]]
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What to do with a staged part. `part` has no chunks yet; `peers` are addresses of the agents that get copies."""
+    """What to do with a staged part. `part` has no chunks yet; `peers` are addresses of the agents that get copies; `same` is
+    what the worker says of the part before."""
 
     holding: Holding
     part: Part
@@ -44,6 +45,7 @@ class Task:
     stall_s: float
     peers: tuple[str, ...]
     to: Places
+    same: Same = None
 
 
 class _Copy:
@@ -185,7 +187,7 @@ class Writer:
         copies = [self._copying.submit(self._copy, task, chunks, address) for address in task.peers]
         try:
             sealed = []
-            for chunk, _ in self._sealer.seal(task.part, task.holding.view):
+            for chunk, _ in self._sealer.seal(task.part, task.holding.view, same=task.same):
                 sealed.append(chunk)
                 chunks.add(chunk)
             task.holding.part = replace(task.part, chunks=tuple(sealed))

@@ -32,11 +32,13 @@ from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from ray_dr.checkpoint.cut import clear_gaps
+from ray_dr.checkpoint.mesh import joined
 from ray_dr.checkpoint.save_plan import SavePlan
-from ray_dr.model.checkpoint import Part
+from ray_dr.checkpoint.sealing import Same
+from ray_dr.model.checkpoint import CHUNK_BYTES, Part, VersionId
 from ray_dr.model.journal import Noted
 from ray_dr.train.link import Link
-from ray_dr.train.staging import Copy, Piece, in_one_run, pieces
+from ray_dr.train.staging import Copy, Marks, Piece, in_one_run, pieces
 from ray_dr.train.state import Flat, Local, bytes_of
 
 AT_ONCE_BYTES = 8 * 2**20
@@ -56,13 +58,14 @@ class Parcel:
     to: Mapping[str, tuple[str, int]]
     wanted: Callable[[], bool]
 
-    def hand_over(self, *, stall_s: float, staged_at: float) -> None:
+    def hand_over(self, same: Callable[[VersionId], Same], *, stall_s: float, staged_at: float) -> None:
         """Give the filled slot to the agent, or back when nobody wants it any more."""
         if not self.wanted():
             return self.link.give_back(self.slot)
         return self.link.staged(
-            self.slot, self.part, staged_at=staged_at, stall_s=stall_s, copy_to=self.copy_to, to=self.to
-        )
+            self.slot, self.part, staged_at=staged_at, stall_s=stall_s, copy_to=self.copy_to, to=self.to,
+            same=same(self.part.version),
+        )  # fmt: skip
 
     def tear(self, tensor: str) -> None:
         """Give the slot back, because this tensor changed while it was copied."""
@@ -88,6 +91,7 @@ class _Split:
     later: list[Piece] = field(default_factory=list)
     watched: list[tuple[str, torch.Tensor]] = field(default_factory=list)
     sampled: list[tuple[str, slice, memoryview]] = field(default_factory=list)
+    marks: Marks = field(default_factory=Marks)
     _copies: dict[int, tuple[memoryview, Copy, Copy]] = field(default_factory=dict)
 
     @property
@@ -101,8 +105,19 @@ class _Split:
         known = self._copies.get(address)
         if known is None or known[0].obj is not slot.obj:  # a new pool may lie where the old one was
             clear_gaps(self.plan.shards, slot)
-            self._copies[address] = known = (slot, Copy(self.now, slot), Copy(self.later, slot))
+            known = slot, Copy(self.now, slot, self.marks), Copy(self.later, slot, self.marks)
+            self._copies[address] = known
+        self.marks.begin()
         return known[1:]
+
+    def same(self, version: VersionId) -> Same:
+        """What this save, which is handed over as `version`, has in common with the one that was before it."""
+        told = self.marks.tell(version)
+        if told is None:
+            return None
+        starts = sorted({at for piece in (*self.now, *self.later) for at in range(piece.at, piece.at + piece.size, CHUNK_BYTES)})
+        ends = dict(zip(starts, (*starts[1:], self.plan.size), strict=True))
+        return told[0], joined((at, ends[at]) for at in told[1])
 
 
 @dataclass(slots=True)
@@ -115,6 +130,7 @@ class _Behind:
     versions: Sequence[int]
     samples: tuple[tuple[str, memoryview, bytes], ...]
     parcel: Parcel
+    same: Callable[[VersionId], Same]
     stall_s: float
     begun_at: float
     waiting_since: float | None = None
@@ -163,10 +179,10 @@ class Fence:
         now, later = split.copies(slot)
         now.run()
         if not split.later:
-            return parcel.hand_over(stall_s=time.monotonic() - begun, staged_at=time.time())
+            return parcel.hand_over(split.same, stall_s=time.monotonic() - begun, staged_at=time.time())
         samples = tuple((name, slot[at], bytes(source)) for name, at, source in split.sampled)
         under_way = _Behind(
-            later, split.watched, versions, samples, parcel, stall_s=time.monotonic() - begun, begun_at=time.time()
+            later, split.watched, versions, samples, parcel, split.same, stall_s=time.monotonic() - begun, begun_at=time.time()
         )
         self._carried = self._thread.submit(self._carry, under_way)
         self._behind = under_way
@@ -257,7 +273,7 @@ class Fence:
             behind.parcel.link.give_back(behind.parcel.slot)
         else:
             # What training stood still is no time that the save took besides.
-            behind.parcel.hand_over(stall_s=behind.stall_s + stood_s, staged_at=behind.begun_at + stood_s)
+            behind.parcel.hand_over(behind.same, stall_s=behind.stall_s + stood_s, staged_at=behind.begun_at + stood_s)
 
 
 def _owned(optimizers: Iterable[torch.optim.Optimizer]) -> Mapping[int, tuple[torch.Tensor, ...]]:

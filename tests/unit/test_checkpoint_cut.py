@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from ray_dr.checkpoint import sealing
 from ray_dr.checkpoint.cut import OWN_BYTES, PAGE_BYTES, clear_gaps, cut, place
 from ray_dr.checkpoint.save_plan import plan_save, replicated
-from ray_dr.checkpoint.sealing import PARTS_KEPT, Sealer
+from ray_dr.checkpoint.sealing import PARTS_KEPT, Same, Sealer
 from ray_dr.model.checkpoint import ALIGNMENT, CHUNK_BYTES, Box, Part, Shard, VersionId
 from ray_dr.train.staging import Planner, stage
 from ray_dr.train.state import flatten
@@ -112,10 +113,10 @@ class Counted:
         self.printed += len(data)
         return bytes(self._print(data))
 
-    def seal(self, sealer: Sealer, part: Part, stream: bytearray) -> tuple[int, int]:
+    def seal(self, sealer: Sealer, part: Part, stream: bytearray, same: Same = None) -> tuple[int, int]:
         """(bytes hashed, bytes fingerprinted); the names must be right."""
         self.hashed = self.printed = 0
-        for chunk, piece in sealer.seal(part, memoryview(stream)):
+        for chunk, piece in sealer.seal(part, memoryview(stream), same=same):
             assert chunk.id == blake3(stream[chunk.at : chunk.at + chunk.size]).hexdigest()
             assert bytes(piece) == stream[chunk.at : chunk.at + chunk.size]
         return self.hashed, self.printed
@@ -143,6 +144,21 @@ def test_what_always_changes_is_only_hashed(monkeypatch: pytest.MonkeyPatch) -> 
         for at in range(0, ALL, OWN_BYTES):
             stream[at] = number
         assert counted.seal(sealer, PART, stream) == (ALL, ALL if number == 1 else 0)
+
+
+def test_what_the_worker_says_is_the_same_is_not_looked_at_if_the_part_before_is_the_one_it_means(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    counted, sealer, stream = Counted(monkeypatch), Sealer(), bytearray(ALL)
+    step = [replace(PART, version=VersionId(1, number)) for number in range(5)]
+    counted.seal(sealer, step[1], stream)
+    middle = ((OWN_BYTES, 3 * OWN_BYTES),)
+    assert counted.seal(sealer, step[2], stream, same=(step[1].version, middle)) == (0, 2 * OWN_BYTES)
+    assert counted.seal(sealer, step[3], stream, same=(step[1].version, middle)) == (0, ALL), "step 2 was between"
+    crooked = ((0, OWN_BYTES - 1), (OWN_BYTES + 1, 3 * OWN_BYTES), (3 * OWN_BYTES, ALL))
+    assert counted.seal(sealer, step[4], stream, same=(step[3].version, crooked)) == (0, 2 * OWN_BYTES)
+    ids = [chunk.id for chunk, _ in sealer.seal(step[0], memoryview(stream), same=(step[4].version, ((0, ALL),)))]
+    assert ids == [blake3(stream[:OWN_BYTES]).hexdigest()] * 4
 
 
 def test_another_cut_and_another_rank_take_nothing_over(monkeypatch: pytest.MonkeyPatch) -> None:

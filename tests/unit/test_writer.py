@@ -297,7 +297,7 @@ def test_saves_that_come_while_the_store_is_busy_are_given_up_and_hold_no_slot(b
 def test_a_chunk_is_in_the_store_before_the_last_one_is_hashed(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     stored = threading.Event()
 
-    def slow_seal(part: Part, stream: memoryview) -> Iterator[Any]:
+    def slow_seal(part: Part, stream: memoryview, **_: Any) -> Iterator[Any]:
         first, *rest = Sealer().seal(part, stream)
         yield first
         assert stored.wait(WAIT_S), "its chunk is put while the next one is not sealed yet"
