@@ -72,3 +72,10 @@ class Assignment:
     disk: tuple[str, ...] = ()
     second_url: str = ""
     local_world: int = 1
+
+    @property
+    def origin_wanting(self) -> bool:
+        """Whether a store that this attempt may save to lacks the version it goes on from. The same for every rank."""
+        if self.origin is None:
+            return False
+        return not self.origin.parts or ("second" in self.terms and not self.origin.second)

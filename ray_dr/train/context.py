@@ -114,6 +114,7 @@ class Context:
         self._data: Data | None = None
         self._logs: dict[str, float] = {}
         self._window: list[StepRecord] = []
+        self._unsaved = assignment.origin_wanting
         self.settings = dict(assignment.settings)
 
     @property
@@ -172,6 +173,8 @@ class Context:
         `.data` or by a CUDA graph, nor one that is still being made when the copy ends.
         """
         try:
+            if state.step >= until:
+                self._save_unmoved(state)
             while state.step < until:
                 self._check()
                 begun = time.monotonic()
@@ -285,6 +288,15 @@ class Context:
         to = {str(place): self._name_and_term(place) for place in sorted(places) if place in self._terms}
         parcel = Parcel(self._link, index, part, self._a.copy_to, to, wanted=lambda: not self._control.aborted)
         self._fence.stage(plan, flat, slot, parcel, begun=begun, behind=not wait_s)
+
+    def _save_unmoved(self, state: State) -> None:
+        """No step is left to do. What this began from may be on disks only, or in one store of two: it is saved as a version
+        of this attempt, once, as the end of any attempt is. All ranks decide this alike."""
+        origin = self._a.origin
+        if origin is not None and self._unsaved and state.step == origin.version.step:
+            self._check()
+            self._unsaved = False
+            self._save(state, EVERYWHERE, wait_s=FORCED_SAVE_S)
 
     def close(self, error: BaseException | None = None) -> None:
         """`train` is over, or raised `error`: the save under way is handed over or given up, optimizers are let go."""
