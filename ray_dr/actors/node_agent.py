@@ -251,8 +251,9 @@ class Agent:
             return
         same: Same = codec.from_json(Same, header["same"])
         self.writer.submit(
-            Task(holding, part, header["staged_at"], header["stall_s"], tuple(header["copy_to"]), _places(header["to"]), same)
-        )
+            Task(holding, part, header["staged_at"], header["stall_s"], tuple(header["copy_to"]), _places(header["to"]),
+                 forced=header["forced"], same=same)
+        )  # fmt: skip
 
     def _serve_peer(self, connection: Connection, header: Header, size: int) -> None:
         while True:

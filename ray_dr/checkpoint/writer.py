@@ -36,8 +36,9 @@ Places = Mapping[Where, tuple[str, int]]
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What to do with a staged part. `part` has no chunks yet; `peers` are addresses of the agents that get copies; `same` is
-    what the worker says of the part before."""
+    """What to do with a staged part. `part` has no chunks yet; `peers` are addresses of the agents that get copies. `forced`:
+    the job waits for it, so that no place may be too busy for it, nor give way to training meanwhile. `same`: what the
+    worker says of the part before."""
 
     holding: Holding
     part: Part
@@ -45,6 +46,7 @@ class Task:
     stall_s: float
     peers: tuple[str, ...]
     to: Places
+    forced: bool = False
     same: Same = None
 
 
@@ -183,7 +185,8 @@ class Writer:
         """Hash the part; copies and places take its chunks meanwhile. Returns when the copies are through."""
         chunks = ChunkStream()
         for where, there in task.to.items():
-            self._load(self._lanes[where].offer, Load(task.holding, task.part, chunks, task.staged_at, *there))
+            take = self._lanes[where].enqueue if task.forced else self._lanes[where].offer
+            self._load(take, Load(task.holding, task.part, chunks, task.staged_at, *there, forced=task.forced))
         copies = [self._copying.submit(self._copy, task, chunks, address) for address in task.peers]
         try:
             sealed = []

@@ -286,7 +286,7 @@ class Context:
         part = self._part(state, flat, plan)
         self._window = self._window[-RECORDS_KEPT:]  # the part carries the rest; these few cover a part that gets lost
         to = {str(place): self._name_and_term(place) for place in sorted(places) if place in self._terms}
-        parcel = Parcel(self._link, index, part, self._a.copy_to, to, wanted=lambda: not self._control.aborted)
+        parcel = Parcel(self._link, index, part, self._a.copy_to, to, lambda: not self._control.aborted, forced=wait_s > 0)
         self._fence.stage(plan, flat, slot, parcel, begun=begun, behind=not wait_s)
 
     def _save_unmoved(self, state: State) -> None:

@@ -57,13 +57,14 @@ class Parcel:
     copy_to: Sequence[str]
     to: Mapping[str, tuple[str, int]]
     wanted: Callable[[], bool]
+    forced: bool = False
 
     def hand_over(self, same: Callable[[VersionId], Same], *, stall_s: float, staged_at: float) -> None:
         """Give the filled slot to the agent, or back when nobody wants it any more."""
         if not self.wanted():
             return self.link.give_back(self.slot)
         return self.link.staged(
-            self.slot, self.part, staged_at=staged_at, stall_s=stall_s, copy_to=self.copy_to, to=self.to,
+            self.slot, self.part, staged_at=staged_at, stall_s=stall_s, copy_to=self.copy_to, to=self.to, forced=self.forced,
             same=same(self.part.version),
         )  # fmt: skip
 

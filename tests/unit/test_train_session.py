@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from ray_dr.actors.node_agent import Agent
+from ray_dr.checkpoint.writer import Task
 from ray_dr.errors import StoreError
 from ray_dr.model import codec
 from ray_dr.model.attempt import Assignment, Cadence, Origin
@@ -188,6 +189,23 @@ def test_without_a_step_left_to_do_a_version_is_saved_anew_if_and_only_if_the_st
         assert stage.agent.writer.drain(GUARD_S)
         saved = {held.version for held in stage.agent.vault.held()}
         assert saved == {VersionId(1, 3), *([VersionId(2, 3)] if attempt == 2 and not committed else [])}
+
+
+def test_the_agent_is_told_that_the_job_waits_for_its_last_save_and_for_that_of_a_stop(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks: dict[VersionId, Task] = {}
+    submit = stage.agent.writer.submit
+    monkeypatch.setattr(stage.agent.writer, "submit", lambda task: (tasks.update({task.part.version: task}), submit(task)))
+    stage.add(1, walk)
+    stage.start(1, [0], steps=3)
+    stage.wait_for("WorkerReturned", "w0")
+    stage.start(2, [0], steps=10**9)
+    stage.wait_for("Stepped", step=5)
+    target = 60 + stage.ask(0, "status")["step"]
+    assert stage.ask(0, "stop_at", 2, target, True) < target
+    stage.wait_for("WorkerStopped", "w0")
+    assert {version for version, task in tasks.items() if task.forced} == {VersionId(1, 3), VersionId(2, target)}
 
 
 def test_an_error_of_the_program_is_reported_without_what_changes_from_run_to_run(stage: Stage) -> None:
