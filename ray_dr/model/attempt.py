@@ -28,7 +28,7 @@ class Origin:
 @dataclass(frozen=True, slots=True)
 class Cadence:
     """From step `from_step` on, save to memory at every multiple of `memory_every` steps, and also to the store, the local
-    disk and the second store at every multiple of theirs (0: not until told again)."""
+    disk and the second store at every multiple of theirs (0: not until told again). See `checkpoint.cadence.Rhythm`."""
 
     from_step: int
     memory_every: int

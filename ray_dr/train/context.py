@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.data import default_collate
 
-from ray_dr.checkpoint.cadence import places_due
+from ray_dr.checkpoint.cadence import Rhythm
 from ray_dr.errors import ConfigError
 from ray_dr.model.attempt import Assignment, Cadence
 from ray_dr.model.checkpoint import RECORD_WINDOW, Part, StepRecord, VersionId
@@ -46,7 +46,8 @@ class Control:
     """What other threads tell the training thread."""
 
     def __init__(self, attempt: int, cadence: Cadence = EVERY_STEP) -> None:
-        self.attempt, self.cadence = attempt, cadence
+        self.attempt, self._cadence = attempt, cadence
+        self._rhythm: Rhythm | None = None
         self.next_cadence: Cadence | None = None
         self.terms: dict[str, int] | None = None
         self.step = 0
@@ -72,10 +73,12 @@ class Control:
             return self._stop_step is not None and step >= self._stop_step
 
     def places_due(self, step: int) -> frozenset[Where]:
-        """Where the state after `step` steps is to go."""
+        """Where the state after `step` steps is to go: asked after every step."""
+        rhythm = self._rhythm or Rhythm.begin(self._cadence, step - 1)
         if self.next_cadence is not None and step >= self.next_cadence.from_step:
-            self.cadence, self.next_cadence = self.next_cadence, None
-        return places_due(step, self.cadence)
+            rhythm, self.next_cadence = rhythm.change(self.next_cadence), None
+        self._rhythm, places = rhythm.next(step)
+        return places
 
 
 @dataclass(frozen=True, slots=True)
