@@ -2,6 +2,12 @@
 
 One thread seals (BLAKE3 per chunk); every copy and every place takes each chunk as soon as its hash is known, in a thread of
 its own, so that a slow store never holds up the copies in memory.
+
+Places give way to training (`throttle`), sealing doesn't. What a place takes is throttled so that it takes less of it: it falls
+behind, and leaves saves out. Each seal would still be done, and costs full cores the same work however long it takes (0.2 s
+per GB); until it is through, though, no copy of the version is whole anywhere, and its slot is not free for the next. So what
+sealing costs is bounded by how often it is done: the cadence counts all of its time as lost (`Pace.cost_s`), and would count
+pauses as well.
 """
 
 from __future__ import annotations
