@@ -19,6 +19,7 @@ import time
 import uuid
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from email.utils import formatdate
 from urllib.parse import parse_qsl, quote, unquote
 from xml.sax.saxutils import escape
 
@@ -166,6 +167,8 @@ class S3Server:
             case "PUT" if "uploadId" in request.query:
                 self.uploads[request.query["uploadId"]][int(request.query["partNumber"])] = request.body
                 return Answer(200, headers={"ETag": _etag(request.body)})
+            case "PUT" if "x-amz-copy-source" in request.headers:
+                return self._copy(unquote(request.headers["x-amz-copy-source"]).lstrip("/"), name, request)
             case "PUT":
                 return self._put(name, request.body, request)
             case "POST" if "uploads" in request.query:
@@ -188,6 +191,13 @@ class S3Server:
             return _error(412, "PreconditionFailed")
         self.objects[name] = body
         return Answer(200, headers={"ETag": _etag(body)})
+
+    def _copy(self, source: str, name: str, request: Request) -> Answer:
+        if source not in self.objects:
+            return _error(404, "NoSuchKey")
+        answer = self._put(name, self.objects[source], request)
+        body = f"<CopyObjectResult><ETag>{_etag(self.objects[source])}</ETag></CopyObjectResult>"
+        return Answer(200, body.encode()) if answer.status == 200 else answer
 
     def _get(self, name: str, request: Request) -> Answer:
         if name not in self.objects:
@@ -232,7 +242,8 @@ async def _read_head(reader: asyncio.StreamReader) -> Request:
 
 
 async def _write(writer: asyncio.StreamWriter, request: Request, answer: Answer, cut: int | None) -> None:
-    lines = [f"HTTP/1.1 {answer.status} .", f"Content-Length: {len(answer.body)}", "Content-Type: application/xml"]
+    lines = [f"HTTP/1.1 {answer.status} .", f"Content-Length: {len(answer.body)}", "Content-Type: application/xml",
+             f"Last-Modified: {formatdate(usegmt=True)}"]  # fmt: skip
     lines += [f"{name}: {value}" for name, value in answer.headers.items()]
     writer.write(("\r\n".join(lines) + "\r\n\r\n").encode())
     if request.method != "HEAD":
