@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import importlib.util
 import json
 import multiprocessing
 import os
@@ -16,23 +15,27 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks import restore_peers
+from benchmarks.alone import run_alone, said
 from benchmarks.figures import environment, median, p95, say, table
-from benchmarks.restore_dcp import dcp_from_disk, dcp_from_s3, dcp_save
-from benchmarks.restore_plans import manifest_rows, world_rows
-from benchmarks.save import THREADS, TOKEN, WAIT_S, make_state
+from benchmarks.restore_plans import Manifests, World, manifest_rows, world_rows
+from benchmarks.save import TOKEN, WAIT_S
+from benchmarks.state import SPARE_BYTES, THREADS, installed, make_state, no_room, size_in_bytes
 from benchmarks.stores import BUCKET, s3_endpoint
 from ray_dr.actors.node_agent import Agent
 from ray_dr.checkpoint.direct import find_version
-from ray_dr.checkpoint.memory import Pool, copy_many
+from ray_dr.checkpoint.memory import Pool, attach, available_bytes, copy_many
 from ray_dr.errors import NotFound
 from ray_dr.model.attempt import Assignment, Cadence, Origin
 from ray_dr.model.checkpoint import CHUNK_BYTES, Part, VersionId
@@ -54,12 +57,33 @@ WORLDS_BYTES = 512 * 2**20
 MEMORY, AT_ONCE, UNVERIFIED = "ray_dr, own memory", "ray_dr, own memory, asked at once", "ray_dr, own memory, all hashed then"
 ANEW = "ray_dr, own memory, a new process"
 PEER, DISK, S3 = "ray_dr, peer", "ray_dr, disk", "ray_dr, S3"
-TORCH, SAFETENSORS, DCP, DCP_S3 = "torch.load", "safetensors", "DCP, disk", "DCP, S3"
+TORCH, DCP, DCP_S3, CONNECTOR = "torch.load", "DCP, disk", "DCP, S3", "DCP, S3, s3torchconnector"
+LOAD_FILE, SAFE_OPEN, SNAPSHOT, NVRX = "safetensors load_file", "safetensors safe_open", "torchsnapshot", "NVRx"
 MEMCPY, TCP, RAW_GET = "memcpy", "loopback TCP", "raw ranged get"
 FLOORS = {
-    **dict.fromkeys((MEMORY, ANEW, AT_ONCE, UNVERIFIED, DISK, TORCH, SAFETENSORS, DCP), MEMCPY),
-    PEER: TCP, S3: RAW_GET, DCP_S3: RAW_GET,
+    **dict.fromkeys((MEMORY, ANEW, AT_ONCE, UNVERIFIED, DISK, TORCH, LOAD_FILE, SAFE_OPEN, SNAPSHOT, DCP, NVRX), MEMCPY),
+    PEER: TCP, S3: RAW_GET, DCP_S3: RAW_GET, CONNECTOR: RAW_GET,
 }  # fmt: skip
+SEVERAL = {
+    MEMCPY: [MEMCPY], TCP: [f"{TCP}, {n} streams" for n in STREAMS], RAW_GET: [f"{RAW_GET}, {n} threads" for n in GETS],
+}  # fmt: skip
+"""A floor, and the ways of which the fastest is it."""
+MODULES = {
+    LOAD_FILE: "safetensors", SAFE_OPEN: "safetensors", SNAPSHOT: "torchsnapshot", NVRX: "nvidia_resiliency_ext",
+    CONNECTOR: "s3torchconnector",
+}  # fmt: skip
+"""What has to be installed for a way."""
+KEEPS: dict[str, tuple[str, float]] = {
+    **dict.fromkeys((MEMORY, ANEW, AT_ONCE, UNVERIFIED, PEER), ("slots", 2.0)), DISK: ("our chunks", 1.0),
+    S3: ("our objects", 1.0), **dict.fromkeys(SEVERAL[RAW_GET], ("raw object", 1.0)), DCP_S3: ("DCP's objects", 1.0),
+    CONNECTOR: ("the connector's objects", 1.0), TORCH: ("state.pt", 1.0), DCP: ("DCP's files", 1.0), NVRX: ("NVRx' files", 1.0),
+    LOAD_FILE: ("state.safetensors", 1.0), SAFE_OPEN: ("state.safetensors", 1.0), SNAPSHOT: ("the snapshot", 1.0),
+}  # fmt: skip
+"""What a way keeps in memory, the page cache included, from its making on: of the same thing once; in times the state."""
+BASE = 2.0
+"""The tensors and the copy that they are compared with."""
+WHILE = dict.fromkeys((*SEVERAL[RAW_GET], TORCH, SNAPSHOT, NVRX, DCP_S3, CONNECTOR), 1.0)
+"""What a way takes while it is made or runs, at most; others half the state."""
 
 
 class Model(torch.nn.Module):
@@ -81,9 +105,9 @@ class Way:
 
 
 class Agents:
-    """A node agent in a process of its own that holds the state in memory, as after a save."""
+    """A node agent in a process of its own, that holds the state in memory, as after a save, when `version` was asked for."""
 
-    def __init__(self, url: str, model: Model, folder: Path) -> None:
+    def __init__(self, url: str, model: Model) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, there = context.Pipe()
         self._process = context.Process(target=_serve_agent, args=(url, there), daemon=True)
@@ -91,8 +115,13 @@ class Agents:
         self.address = self._pipe.recv()
         self.link = Link(self.address, TOKEN, "w0", os.getpid())
         self.other = Link(self.address, TOKEN, "w1", os.getpid())  # that of a worker that has mapped nothing yet
-        self.version = _stage(self.link, model)
-        _until_sealed(self.address, self.version)
+        self._model = model
+
+    @cached_property
+    def version(self) -> VersionId:
+        version = _stage(self.link, self._model)
+        _until_sealed(self.address, version)
+        return version
 
     def ask(self, what: str) -> float:
         """Begin an attempt ("ahead": and wait until all is looked through; "none": look at nothing); the seconds it took."""
@@ -146,12 +175,12 @@ def _serve_agent(url: str, pipe: Any) -> None:
 
 
 class RawPeer:
-    """A process that sends its memory over plain sockets: the floor of a restore from a peer."""
+    """A process that sends a pool of this one over plain sockets: the floor of a restore from a peer."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, pool: Pool) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, there = context.Pipe()
-        self._process = context.Process(target=_serve_raw, args=(size, there), daemon=True)
+        self._process = context.Process(target=_serve_raw, args=(pool.path, pool.size, there), daemon=True)
         self._process.start()
         self._port = self._pipe.recv()
 
@@ -175,8 +204,8 @@ class RawPeer:
         self._process.join()
 
 
-def _serve_raw(size: int, pipe: Any) -> None:
-    data = Pool.create(size).view
+def _serve_raw(path: str, size: int, pipe: Any) -> None:
+    data = attach(path, size)
     server = socket.create_server(("127.0.0.1", 0))
 
     def serve(sock: socket.socket) -> None:
@@ -202,51 +231,99 @@ def assignment(agent: str, origin: Origin) -> Assignment:
     return Assignment("restore", 2, "w0", 0, 1, 0, "", agent, (), origin, Cadence(0, 0, 0), "gloo", False, 0, 1, "")
 
 
-@contextmanager
-def contestants(endpoint: str, folder: Path, model: Model) -> Iterator[tuple[dict[str, Way], list[float]]]:
-    """Every way to fill the model's tensors with what they hold now; and the seconds that hashing ahead took."""
-    state = dict(model.named_buffers())
-    targets = [bytes_of(tensor) for tensor in state.values()]
-    kept = Pool.create(sum(view.nbytes for view in targets))
-    pairs, at = [], 0
-    for view in targets:
-        pairs.append((view, kept.view[at : at + view.nbytes]))
-        at += view.nbytes
-    copy_many([(copy, view) for view, copy in pairs], threads=THREADS)
-    s3_url, disk_url = f"s3://{BUCKET}/ours?endpoint={endpoint}&region=us-east-1", f"file://{folder}/ours"
-    with ExitStack() as stack:
-        agents = Agents(f"file://{folder}/agent", model, folder)
-        stack.callback(agents.close)
-        raw = RawPeer(kept.size)
-        stack.callback(raw.close)
-        ahead: list[float] = []
+class Setting:
+    """What the ways share, made when the first of them asks for it. `copies` has what the tensors held at first."""
 
-        def begin(what: str) -> Callable[[], object]:
-            return lambda: agents.ask(what)
+    def __init__(self, endpoint: str, folder: Path, size: int, stack: ExitStack) -> None:
+        self.endpoint, self.folder, self.size, self._stack = endpoint, folder, size, stack
+        self.model = model = Model(make_state(size))
+        self.state = dict(model.named_buffers())
+        self.targets = [bytes_of(tensor) for tensor in self.state.values()]
+        self.kept = Pool.create(sum(view.nbytes for view in self.targets))
+        self.pairs, self.copies, at = list[tuple[memoryview, memoryview]](), dict[str, torch.Tensor](), 0
+        for (name, tensor), view in zip(self.state.items(), self.targets, strict=True):
+            self.pairs.append((view, self.kept.view[at : at + view.nbytes]))
+            self.copies[name] = torch.frombuffer(self.pairs[-1][1], dtype=tensor.dtype)
+            at += view.nbytes
+        copy_many([(copy, view) for view, copy in self.pairs], threads=THREADS)
+        self.ahead: list[float] = []
+        """Seconds that hashing ahead took."""
 
-        def begin_ahead() -> None:
-            ahead.append(agents.ask("ahead"))
+    @cached_property
+    def agents(self) -> Agents:
+        agents = Agents(f"file://{self.folder}/agent", self.model)
+        self._stack.callback(agents.close)
+        return agents
 
-        def ours(agent: str, origin: Origin, url: str = "", link: Link = agents.link) -> Callable[[], object]:
-            store = open_store(url or f"file://{folder}/agent")
-            return lambda: restore(assignment(agent, origin), {"model": model}, TOKEN, store, link)
+    @cached_property
+    def peer(self) -> RawPeer:
+        peer = RawPeer(self.kept)
+        self._stack.callback(peer.close)
+        return peer
 
-        held = Origin(agents.version, 1, {"0": (agents.address,)})
-        ways = {
-            MEMORY: Way(ours(agents.address, held), begin_ahead),
-            ANEW: Way(ours(agents.address, held, link=agents.other), begin_ahead),
-            AT_ONCE: Way(ours(agents.address, held), begin("at once")),
-            UNVERIFIED: Way(ours(agents.address, held), begin("none")),
-            PEER: Way(ours("", held), begin("none")),
-            DISK: Way(ours("", stored(model, disk_url), disk_url)),
-            S3: Way(ours("", stored(model, s3_url), s3_url)),
-            MEMCPY: Way(lambda: copy_many(pairs, threads=THREADS)),
-        }
-        ways |= {f"{TCP}, {n} streams": Way(lambda n=n: raw.fetch(cut(targets), n)) for n in STREAMS}
-        get = raw_get(endpoint, kept, targets)
-        ways |= {f"{RAW_GET}, {n} threads": Way(lambda n=n: get(n)) for n in GETS}
-        ways |= peers(folder, endpoint, state)
-        yield ways, ahead
+    @cached_property
+    def get(self) -> Callable[[int], None]:
+        return raw_get(self.endpoint, self.kept, self.targets)
+
+    def begin(self, what: str) -> Callable[[], object]:
+        return lambda: self.agents.ask(what)
+
+    def begin_ahead(self) -> None:
+        self.ahead.append(self.agents.ask("ahead"))
+
+    def from_memory(self, agent: str = "", link: Link | None = None) -> Callable[[], object]:
+        """Restore from the agent's memory: as the worker beside it, or as one somewhere else (no `agent`)."""
+        held = Origin(self.agents.version, 1, {"0": (self.agents.address,)})
+        return self._restore(agent, held, f"file://{self.folder}/agent", link or self.agents.link)
+
+    def from_store(self, url: str) -> Callable[[], object]:
+        return self._restore("", stored(self.model, url), url, self.agents.link)
+
+    def _restore(self, agent: str, origin: Origin, url: str, link: Link) -> Callable[[], object]:
+        store = open_store(url)
+        return lambda: restore(assignment(agent, origin), {"model": self.model}, TOKEN, store, link)
+
+
+WAYS: dict[str, Callable[[Setting], Way]] = {
+    MEMORY: lambda s: Way(s.from_memory(s.agents.address), s.begin_ahead),
+    ANEW: lambda s: Way(s.from_memory(s.agents.address, s.agents.other), s.begin_ahead),
+    AT_ONCE: lambda s: Way(s.from_memory(s.agents.address), s.begin("at once")),
+    UNVERIFIED: lambda s: Way(s.from_memory(s.agents.address), s.begin("none")),
+    PEER: lambda s: Way(s.from_memory(), s.begin("none")),
+    DISK: lambda s: Way(s.from_store(f"file://{s.folder}/ours")),
+    S3: lambda s: Way(s.from_store(f"s3://{BUCKET}/ours?endpoint={s.endpoint}&region=us-east-1")),
+    MEMCPY: lambda s: Way(lambda: copy_many(s.pairs, threads=THREADS)),
+    **{f"{TCP}, {n} streams": lambda s, n=n: Way(lambda: s.peer.fetch(cut(s.targets), n)) for n in STREAMS},
+    **{f"{RAW_GET}, {n} threads": lambda s, n=n: Way(partial(s.get, n)) for n in GETS},
+    TORCH: lambda s: Way(restore_peers.torch_load(s.folder, s.state)),
+    LOAD_FILE: lambda s: Way(restore_peers.safetensors_load_file(s.folder, s.state)),
+    SAFE_OPEN: lambda s: Way(restore_peers.safetensors_safe_open(s.folder, s.state)),
+    SNAPSHOT: lambda s: Way(restore_peers.torchsnapshot(s.folder, s.state)),
+    DCP: lambda s: Way(restore_peers.dcp_disk(s.folder / "dcp", s.state)),
+    NVRX: lambda s: Way(restore_peers.nvrx(s.folder, s.state, s.size)),
+    DCP_S3: lambda s: Way(restore_peers.dcp_s3(s.endpoint, s.folder / "dcp_s3", s.state, max(GETS))),
+    CONNECTOR: lambda s: Way(restore_peers.s3torchconnector(s.endpoint, s.state)),
+}
+
+
+def divide(names: Sequence[str], most: float) -> tuple[list[list[str]], dict[str, float]]:
+    """The ways in groups that are in memory together, each with its floors, and those that are too large even alone with
+    what they take. `most`: times the state that there is memory for."""
+    groups, large = list[list[str]](), dict[str, float]()
+    for name in names:
+        wanted = dict.fromkeys([name, MEMCPY, *SEVERAL.get(FLOORS.get(name, ""), [])])
+        if (times := takes(wanted)) > most:
+            large[name] = times
+        elif groups and takes(both := dict.fromkeys([*groups[-1], *wanted])) <= most:
+            groups[-1] = list(both)
+        else:
+            groups.append(list(wanted))
+    return groups, large
+
+
+def takes(names: Collection[str]) -> float:
+    """Times the state that the ways take in memory together."""
+    return BASE + sum(dict(KEEPS[name] for name in names if name in KEEPS).values()) + max(WHILE.get(name, 0.5) for name in names)
 
 
 def stored(model: Model, url: str) -> Origin:
@@ -273,129 +350,144 @@ def raw_get(endpoint: str, kept: Pool, targets: list[memoryview]) -> Callable[[i
     return get
 
 
-def peers(folder: Path, endpoint: str, state: dict[str, torch.Tensor]) -> dict[str, Way]:
-    """torch.load, safetensors where it is installed, and DCP, into the state's tensors."""
-    torch.save(state, folder / "state.pt")
-
-    def load() -> None:
-        loaded = torch.load(folder / "state.pt", weights_only=True)
-        for name, tensor in state.items():
-            tensor.copy_(loaded[name])
-
-    ways = {TORCH: Way(load)}
-    if importlib.util.find_spec("safetensors"):
-        from safetensors.torch import load_file, save_file
-
-        save_file(state, folder / "state.safetensors")
-
-        def load_safe() -> None:
-            loaded = load_file(folder / "state.safetensors")
-            for name, tensor in state.items():
-                tensor.copy_(loaded[name])
-
-        ways[SAFETENSORS] = Way(load_safe)
-    dcp_save(folder / "dcp", state, endpoint)
-    ways[DCP] = Way(lambda: dcp_from_disk(folder / "dcp", state))
-    ways[DCP_S3] = Way(lambda: dcp_from_s3(endpoint, state, max(GETS)))
-    return ways
-
-
-def compete(ways: dict[str, Way], model: Model, rounds: int) -> None:
-    """Let each way fill the tensors, in an order that changes; the first round is not timed but compared, bit for bit."""
-    right = {name: tensor.clone() for name, tensor in model.named_buffers()}
-    names = list(ways)
+def compete(ways: dict[str, Way], setting: Setting, rounds: int) -> dict[str, str]:
+    """Let each way fill the tensors, in an order that changes; the first round is not timed but compared, bit for bit. Gives
+    what failed, and why."""
+    names, failures = list(ways), dict[str, str]()
     for number in range(rounds + 1):
         for name in names[number % len(names) :] + names[: number % len(names)]:
-            for tensor in model.buffers():
+            if name in failures:
+                continue
+            for tensor in setting.state.values():
                 tensor.zero_()
-            ways[name].prepare()
-            gc.collect()
-            wall, cpu = time.perf_counter(), time.process_time()
-            ways[name].run()
-            wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-            if number:
-                ways[name].took["wall_s"].append(wall)
-                ways[name].took["cpu_s"].append(cpu)
-            elif TCP not in name:  # its sender sends zeros
-                assert all(torch.equal(tensor, right[key]) for key, tensor in model.named_buffers()), f"{name}: other bytes"
+            try:
+                ways[name].prepare()
+                gc.collect()
+                wall, cpu = time.perf_counter(), time.process_time()
+                ways[name].run()
+                wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+                if number:
+                    ways[name].took["wall_s"].append(wall)
+                    ways[name].took["cpu_s"].append(cpu)
+                elif TCP not in name:  # its sender sends the same to each stream
+                    same = all(torch.equal(tensor, setting.copies[key]) for key, tensor in setting.state.items())
+                    assert same, "it gave other bytes"
+            except BaseException as error:  # DCP's CheckpointException is no Exception
+                traceback.print_exc()
+                failures[name] = said(error)
         say(f"  round {number}")
+    return failures
 
 
-def _measure(size: int, rounds: int, endpoint: str, folder: str, pipe: Any) -> None:
-    """In a process of its own: all ways, round after round."""
+def _measure(names: list[str], size: int, rounds: int, endpoint: str, folder: str) -> dict[str, Any]:
+    """In a process of its own: the ways, round after round."""
     torch.set_num_threads(THREADS)
-    model = Model(make_state(size))
-    with contestants(endpoint, Path(folder), model) as (ways, ahead):
-        compete(ways, model, rounds)
-        pipe.send(({name: way.took for name, way in ways.items()}, ahead))
+    ways, failures = dict[str, Way](), dict[str, str]()
+    with ExitStack() as stack:
+        setting = Setting(endpoint, Path(folder), size, stack)
+        for name in names:
+            try:
+                ways[name] = WAYS[name](setting)
+            except BaseException as error:  # DCP's CheckpointException is no Exception
+                traceback.print_exc()
+                failures[name] = said(error)
+        failures |= compete(ways, setting, rounds)
+        return {"took": {name: ways[name].took for name in ways if name not in failures}, "failures": failures,
+                "ahead": setting.ahead}  # fmt: skip
 
 
-def measure(size: int, rounds: int) -> tuple[dict[str, dict[str, list[float]]], list[float]]:
-    """Way -> what each round took, floors at their fastest; and the seconds that hashing ahead took."""
-    context = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory(prefix="rdr-") as folder, s3_endpoint("small", Path(folder)) as endpoint:
-        here, there = context.Pipe()
-        process = context.Process(target=_measure, args=(size, rounds, endpoint, folder, there))
-        process.start()
-        there.close()
-        took, ahead = here.recv()
-        process.join()
+Took = dict[str, dict[str, list[float]]]
+
+
+def measure(groups: list[list[str]], size: int, rounds: int) -> tuple[Took, list[float], dict[str, str]]:
+    """Way -> what each round took, floors at their fastest; the seconds that hashing ahead took; and what failed, and why."""
+    took: Took = {}
+    ahead, failures = list[float](), dict[str, str]()
+    for number, names in enumerate(groups):
+        say(f"  group {number + 1} of {len(groups)}: {'; '.join(names)}")
+        with tempfile.TemporaryDirectory(prefix="rdr-") as folder, s3_endpoint("small", Path(folder)) as endpoint:
+            told = run_alone(_measure, names, size, rounds, endpoint, folder)
+        if "failed" in told:
+            failures |= dict.fromkeys((name for name in names if name not in took), told["failed"])
+            continue
+        ahead += told["ahead"]
+        failures |= told["failures"]
+        for name, each in told["took"].items():
+            for key, values in each.items():
+                took.setdefault(name, {}).setdefault(key, []).extend(values)
+    took = {name: took[name] for name in [*FLOORS, *WAYS] if name in took}
     for floor in (TCP, RAW_GET):
-        several = [name for name in took if name.startswith(floor)]
-        took[floor] = min((took[name] for name in several), key=lambda each: median(each["wall_s"]))
-    return took, ahead
+        if several := [took[name] for name in SEVERAL[floor] if name in took]:
+            took[floor] = min(several, key=lambda each: median(each["wall_s"]))
+    return took, ahead, failures
 
 
-def rows(took: dict[str, dict[str, list[float]]], size: int) -> Iterator[tuple[object, ...]]:
+def rows(took: Took, size: int, failures: Mapping[str, str]) -> Iterator[tuple[object, ...]]:
     for name, each in took.items():
         if name in (TCP, RAW_GET):
             continue  # each the fastest of several, which have rows themselves
-        wall = median(each["wall_s"])
-        floor = next((floor for way, floor in FLOORS.items() if name == way or (name.startswith(DCP_S3) and way == DCP_S3)), "")
-        share = f"{median(took[floor]['wall_s']) / wall:.2f} of {floor}" if floor else ""
+        wall, floor = median(each["wall_s"]), FLOORS.get(name, "")
+        share = f"{median(took[floor]['wall_s']) / wall:.2f} of {floor}" if floor in took else ""
         yield (name, f"{wall:.3f} / {p95(each['wall_s']):.3f}", f"{size / wall / 1e9:.2f}",
                f"{median(each['cpu_s']) / size * 1e9:.2f}", share)  # fmt: skip
+    yield from ((name, why, "", "", "") for name, why in failures.items())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="256 MB")
     parser.add_argument("--json", action="store_true", help="the last line is one JSON object")
-    parser.add_argument("--megabytes", type=int, default=0, help="size of the state (default 1024; 256 with --quick)")
+    parser.add_argument("--size", type=size_in_bytes, default=0, help='of the state (default "1 GB"; "256 MB" with --quick)')
     parser.add_argument("--rounds", type=int, default=5, help="counted rounds (default 5)")
+    parser.add_argument("--only", action="append", choices=FLOORS, metavar="WAY",
+                        help=f"with its floors, and nothing else; may be repeated; of: {'; '.join(FLOORS)}")  # fmt: skip
     asked = parser.parse_args()
     seen = environment()
     say(json.dumps(seen))
-    size = (asked.megabytes or (256 if asked.quick else 1024)) * 2**20
-    took, ahead = measure(size, asked.rounds)
-    print(table(["way", "s (median / p95)", "GB/s", "cpu-s/GB", "speed"], list(rows(took, size))))
-    print(f"hashed ahead, in the agent: {median(ahead):.3f} s; {size / 2**20:.0f} MB")
-    worlds = world_rows(min(size, WORLDS_BYTES), asked.rounds)
+    size = asked.size or (256 if asked.quick else 1024) * 2**20
+    names, left_out = installed(asked.only or FLOORS, MODULES)
+    groups, large = divide(names, (available_bytes() - SPARE_BYTES) / size)
+    left_out += [no_room(name, size, times) for name, times in large.items()]
+    took, ahead, failures = measure(groups, size, asked.rounds)
+    print(table(["way", "s (median / p95)", "GB/s", "cpu-s/GB", "speed"], list(rows(took, size, failures))))
+    print(f"{size / 2**20:.0f} MB" + (f"; hashed ahead, in the agent: {median(ahead):.3f} s" if ahead else ""))
+    print("".join(f"{line}\n" for line in left_out), end="")
+    found = {**result(took, ahead, size), "failures": failures, "left_out": left_out, "environment": seen}
+    if not asked.only:
+        found |= others(min(size, WORLDS_BYTES), asked.rounds)
+    if asked.json:
+        print(json.dumps(found))
+
+
+def others(size: int, rounds: int) -> dict[str, Any]:
+    """Other world sizes and long manifests: print their tables; what the last line has of them."""
+    worlds, manifests = world_rows(size, rounds), manifest_rows(rounds)
     print(table(["written by", "read by", "from", "s of all ranks (median / p95)", "to the same world"],
                 [world.row for world in worlds]))  # fmt: skip
-    manifests = manifest_rows(asked.rounds)
     print(table(["part lists", "chunks", "encode, write", "read, decode", "index", "plan", "s in all (median / p95)"],
                 [manifest.row for manifest in manifests]))  # fmt: skip
-    if asked.json:
-        print(json.dumps(result(took, ahead, worlds, manifests, size, seen)))
+    return of_others(worlds, manifests)
 
 
-def result(took: Any, ahead: list[float], worlds: Any, manifests: Any, size: int, seen: Any) -> dict[str, Any]:
-    """The last line."""
-    keys = {"memory_s": MEMORY, "memory_at_once_s": AT_ONCE, "memory_unverified_s": UNVERIFIED, "memcpy_s": MEMCPY,
-            "peer_s": PEER, "tcp_s": TCP, "disk_s": DISK, "s3_s": S3, "raw_get_s": RAW_GET, "dcp_s3_s": DCP_S3,
-            "dcp_disk_s": DCP, "torch_load_s": TORCH}  # fmt: skip
-    found: dict[str, Any] = {key: median(took[name]["wall_s"]) for key, name in keys.items()}
+def of_others(worlds: list[World], manifests: list[Manifests]) -> dict[str, Any]:
     return {
-        **found, "bytes": size, "memory_ratio": found["memcpy_s"] / found["memory_s"],
-        "peer_ratio": found["tcp_s"] / found["peer_s"], "s3_ratio": found["raw_get_s"] / found["s3_s"],
-        "dcp_s3_times": found["dcp_s3_s"] / found["s3_s"], "hashed_ahead_s": median(ahead),
         "other_world_ratio": max(world.ratio for world in worlds if world.kind == "memory"),
         "other_world_store_ratio": max(world.ratio for world in worlds if world.kind == "store"),
         "manifest_100k_s": max(manifest.total_s for manifest in manifests),
-        "all": took, "worlds": [world.row for world in worlds], "manifests": [each.row for each in manifests],
-        "environment": seen,
+        "worlds": [world.row for world in worlds], "manifests": [each.row for each in manifests],
     }  # fmt: skip
+
+
+def result(took: Took, ahead: list[float], size: int) -> dict[str, Any]:
+    """What the last line has of the ways; of what is compared, as far as it was measured."""
+    keys = {"memory_s": MEMORY, "memory_at_once_s": AT_ONCE, "memory_unverified_s": UNVERIFIED, "memcpy_s": MEMCPY,
+            "peer_s": PEER, "tcp_s": TCP, "disk_s": DISK, "s3_s": S3, "raw_get_s": RAW_GET, "dcp_s3_s": DCP_S3,
+            "dcp_disk_s": DCP, "torch_load_s": TORCH}  # fmt: skip
+    found: dict[str, Any] = {key: median(took[name]["wall_s"]) for key, name in keys.items() if name in took}
+    ratios = {"memory_ratio": ("memcpy_s", "memory_s"), "peer_ratio": ("tcp_s", "peer_s"), "s3_ratio": ("raw_get_s", "s3_s"),
+              "dcp_s3_times": ("dcp_s3_s", "s3_s")}  # fmt: skip
+    found |= {key: found[over] / found[under] for key, (over, under) in ratios.items() if {over, under} <= found.keys()}
+    return {**found, "bytes": size, "all": took, **({"hashed_ahead_s": median(ahead)} if ahead else {})}
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.filesystem import FileSystem
 
-from benchmarks.save import THREADS
+from benchmarks.state import THREADS
 from benchmarks.stores import BUCKET
 from ray_dr.stores.s3 import Bucket, S3Store
 
@@ -75,19 +75,25 @@ class Objects(FileSystem):
         return object_name(path) in self._sizes
 
 
-def dcp_save(folder: Path, state: dict[str, torch.Tensor], endpoint: str) -> None:
-    """Save to a folder, and put its files into the bucket."""
+def dcp_to_disk(folder: Path, state: dict[str, torch.Tensor]) -> None:
+    """Save to a folder."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         dcp.save(state, storage_writer=dcp.FileSystemWriter(folder, thread_count=THREADS), no_dist=True)
+
+
+def dcp_to_s3(folder: Path, state: dict[str, torch.Tensor], endpoint: str) -> None:
+    """Save to a folder, and move its files into the bucket."""
+    dcp_to_disk(folder, state)
     store = _store(endpoint)
     for path in folder.iterdir():
         store.put(object_name(path), path.read_bytes())
+        path.unlink()
 
 
 def dcp_from_disk(folder: Path, state: dict[str, torch.Tensor]) -> None:
     """Load into the state's tensors."""
-    _load(dcp.FileSystemReader(folder), state)
+    load(dcp.FileSystemReader(folder), state)
 
 
 def dcp_from_s3(endpoint: str, state: dict[str, torch.Tensor], threads: int) -> None:
@@ -95,10 +101,11 @@ def dcp_from_s3(endpoint: str, state: dict[str, torch.Tensor], threads: int) -> 
     store = _store(endpoint)
     reader = dcp.FileSystemReader("/bucket")
     reader.fs = Objects(store, {entry.key: entry.size for entry in store.list("")}, threads)
-    _load(reader, state)
+    load(reader, state)
 
 
-def _load(reader: dcp.FileSystemReader, state: dict[str, torch.Tensor]) -> None:
+def load(reader: dcp.FileSystemReader, state: dict[str, torch.Tensor]) -> None:
+    """Load into the state's tensors by a reader of DCP's format."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         dcp.load(state, storage_reader=reader, no_dist=True)

@@ -13,7 +13,6 @@ import json
 import multiprocessing
 import os
 import resource
-import shutil
 import tempfile
 import threading
 import time
@@ -23,13 +22,14 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
+from benchmarks.alone import run_alone
 from benchmarks.figures import environment, median, p95, say, table
+from benchmarks.save_peers import DCP_ASYNC, MODULES, PEERS, RAW_BYTES, Disk, raw_put_s
+from benchmarks.state import THREADS, fits, installed, make_state, no_room, size_in_bytes
 from benchmarks.stores import BUCKET, s3_endpoint
 from ray_dr.actors.node_agent import Agent
-from ray_dr.checkpoint.lane import PUTS
 from ray_dr.checkpoint.memory import Pool, copy_many
 from ray_dr.model import codec
 from ray_dr.model.attempt import Assignment, Cadence
@@ -45,8 +45,6 @@ from ray_dr.train.staging import Planner
 from ray_dr.train.state import bytes_of, flatten
 
 TOKEN = b"benchmark"
-THREADS = 2
-SMALLEST, LARGEST = 2**10, 100 * 2**20
 CALM_STEPS = 3
 """Before each save; the median is what a step takes undisturbed."""
 WIDTH = 1024
@@ -56,23 +54,7 @@ the model of `overhead`, with Adam's moments, takes for its own."""
 WAIT_S = 300.0
 ALONE = 3
 """Saves at the end, while nothing trains."""
-RAW_BYTES = 8 * 2**20
-RAW_OBJECTS = 32
 KEY = "5a" * 32
-
-
-def make_state(size: int, count: int = 0) -> dict[str, torch.Tensor]:
-    """Float32 tensors of 1 KB to 100 MB, as many small as large ones, `size` bytes in all; the same everywhere. `count`: so
-    many of equal size instead."""
-    numbers = np.random.default_rng(0)
-    state: dict[str, torch.Tensor] = {}
-    left = size
-    while left > 0:
-        each = -(-size // count) if count else int(SMALLEST * (LARGEST / SMALLEST) ** numbers.random())
-        each = min(left, each)
-        state[f"t{len(state):04d}"] = torch.from_numpy(numbers.random(-(-each // 4), np.float32))
-        left -= each
-    return state
 
 
 class Model(torch.nn.ParameterDict):
@@ -88,18 +70,6 @@ class Model(torch.nn.ParameterDict):
     def objects(self) -> dict[str, Any]:
         """What a program names in `ctx.restore`."""
         return {"model": self, "optimizer": self.optimizer}
-
-
-class Disk:
-    """A folder for one way to save; emptied before every save, so that all of them write into memory used before."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def fresh(self) -> Path:
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.mkdir()
-        return self.folder
 
 
 class Ours:
@@ -182,19 +152,7 @@ class OursInS3(Ours):
 
     def raw_put_s(self, size: int) -> float:
         """Seconds for the same bytes by the same client with as many threads, and nothing else."""
-        store, pool = open_store(self._url), Pool.create(RAW_BYTES * RAW_OBJECTS)
-        times = []
-
-        def put(number: int) -> None:
-            at = number % RAW_OBJECTS * RAW_BYTES
-            store.put(f"raw/{at}", pool.view[at : at + RAW_BYTES])
-
-        with ThreadPoolExecutor(PUTS) as threads:
-            for _ in range(3):
-                begun = time.perf_counter()
-                list(threads.map(put, range(size // RAW_BYTES)))
-                times.append(time.perf_counter() - begun)
-        return median(times)
+        return raw_put_s(self._url, size)
 
     def close(self) -> float:
         cpu_s = super().close()
@@ -202,113 +160,25 @@ class OursInS3(Ours):
         return cpu_s
 
 
-class TorchSave:
-    """torch.save into a file, synced."""
-
-    def __init__(self, disk: Disk, model: Model) -> None:
-        self._disk, self._state = disk, model.state_dict()
-
-    def prepare(self) -> None:
-        """Make room."""
-        self._disk.fresh()
-
-    def save(self) -> None:
-        with (self._disk.folder / "state.pt").open("wb") as sink:
-            torch.save(self._state, sink)
-            sink.flush()
-            os.fsync(sink.fileno())
-
-    def fence(self) -> None:
-        """Nothing reads the state any more."""
-
-    def wait(self) -> None:
-        """It is there."""
-
-    def close(self) -> float:
-        return 0.0
-
-
-class Dcp(TorchSave):
-    """torch.distributed.checkpoint.save, two threads, synced."""
-
-    def save(self) -> None:
-        import torch.distributed.checkpoint as dcp
-
-        writer = dcp.FileSystemWriter(self._disk.folder, thread_count=THREADS)
-        dcp.save(self._state, storage_writer=writer, no_dist=True)
-
-
-class DcpAsync(TorchSave):
-    """torch.distributed.checkpoint.async_save in a thread, with one of torch's stagers or one that keeps its copy."""
-
-    def __init__(self, disk: Disk, model: Model, stager: Callable[[], Any]) -> None:
-        import torch.distributed as dist
-
-        super().__init__(disk, model)
-        store = dist.FileStore(str(disk.folder) + ".rendezvous", 1)
-        dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-        self._stager = stager()
-        self._staged: Any = None
-        self._saved: Any = None
-
-    def save(self) -> None:
-        import torch.distributed.checkpoint as dcp
-
-        writer = dcp.FileSystemWriter(self._disk.folder, thread_count=THREADS)
-        answer = dcp.async_save(self._state, storage_writer=writer, async_stager=self._stager)
-        self._staged = getattr(answer, "staging_completion", None)
-        self._saved = getattr(answer, "upload_completion", answer)
-
-    def fence(self) -> None:
-        if self._staged is not None:
-            self._staged.result()
-
-    def wait(self) -> None:
-        self._saved.result()
-
-
-def default_stager(*, behind: bool) -> Any:
-    """torch's own, which copies to shared memory: in `async_save`, or in a thread that the next update has to wait for."""
-    from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-
-    return DefaultStager(StagingOptions(False, True, behind, False))
-
-
-class CachedStager:
-    """What torch's BlockingAsyncStager(cache_staged_state_dict=True) does, which itself works with an accelerator only:
-    it copies into tensors that it keeps (there pinned, here shared)."""
-
-    _synchronize_after_execute = True
-    should_synchronize_after_execute = True
-
-    def __init__(self) -> None:
-        self._kept: Any = None
-
-    def stage(self, state_dict: Any) -> Any:
-        from torch.distributed._state_dict_utils import _copy_state_dict, _create_cpu_state_dict
-
-        if self._kept is None:
-            self._kept = _create_cpu_state_dict(state_dict, share_memory=True)
-        return _copy_state_dict(state_dict, self._kept)
-
-    def synchronize_staging(self) -> None:
-        """Nothing to wait for."""
-
-    def close(self) -> None:
-        """Nothing to give back."""
-
-
 IN_S3 = "ray_dr, in S3"
-WAYS: dict[str, Callable[[Disk, Model], Any]] = {
+OURS: dict[str, Callable[[Disk, Model], Any]] = {
     "ray_dr": lambda disk, model: Ours(disk, model.objects),
     "ray_dr, encrypted": lambda disk, model: Ours(disk, model.objects, encrypted=True),
     IN_S3: lambda disk, model: OursInS3(disk, model.objects),
-    "torch.save": TorchSave,
-    "DCP save": Dcp,
-    "DCP async_save": lambda disk, model: DcpAsync(disk, model, CachedStager),
-    "DCP async_save, default stager": lambda disk, model: DcpAsync(disk, model, lambda: default_stager(behind=False)),
-    "DCP async_save, asynchronous stager": lambda disk, model: DcpAsync(disk, model, lambda: default_stager(behind=True)),
 }
+WAYS = (*OURS, *PEERS)
+ROOM, ROOM_IN_S3 = 3.5, 5.0
+"""Times the state that a way may take in memory: the state, slots or copies; and what a server on the same machine keeps."""
+
+
+def make_way(name: str, disk: Disk, model: Model) -> Any:
+    """One of WAYS."""
+    return OURS[name](disk, model) if name in OURS else PEERS[name](disk, model.state_dict())
+
+
+def room(name: str) -> float:
+    """Times the state that it may take in memory."""
+    return ROOM_IN_S3 if "in S3" in name else ROOM
 
 
 class Trainer:
@@ -330,10 +200,10 @@ class Trainer:
         return time.perf_counter() - begun
 
 
-def _measure(name: str, folder: str, size: int, count: int, saves: int, pipe: Any) -> None:
+def _measure(name: str, folder: str, size: int, count: int, saves: int) -> dict[str, Any]:
     """In a process of its own: save `saves` times and tell what it took."""
     model = Model(size, count)
-    way, trainer = WAYS[name](Disk(Path(folder) / "saved"), model), Trainer(model, size)
+    way, trainer = make_way(name, Disk(Path(folder) / "saved"), model), Trainer(model, size)
     gc.collect()
     found = []
     with lowest_memory() as lowest:
@@ -343,10 +213,10 @@ def _measure(name: str, folder: str, size: int, count: int, saves: int, pipe: An
         peak = before - lowest()
     cpu_spent_s = _cpu_s() - cpu
     alone = [_save_alone(way, trainer) for _ in range(ALONE)]
-    raw_put_s = way.raw_put_s(size) if isinstance(way, OursInS3) else 0.0
+    put_s = way.raw_put_s(size) if hasattr(way, "raw_put_s") else 0.0
     cpu_s = way.close() * saves / (saves + ALONE) + cpu_spent_s - sum(each["trained_s"] for each in found)
-    pipe.send({"saves": found, "peak_bytes": peak, "cpu_s": max(0.0, cpu_s) / saves, "alone_s": median(alone),
-               "raw_put_s": raw_put_s})  # fmt: skip
+    return {"saves": found, "peak_bytes": peak, "cpu_s": max(0.0, cpu_s) / saves, "alone_s": median(alone),
+            "raw_put_s": put_s}  # fmt: skip
 
 
 def _save_alone(way: Any, trainer: Trainer) -> float:
@@ -444,7 +314,6 @@ def measure(
     size: int, rounds: int, saves: int, ways: Sequence[str], count: int = 0
 ) -> tuple[dict[str, list[dict[str, Any]]], dict[str, float]]:
     """Way -> what each round's process told; and the floors (medians over the rounds)."""
-    context = multiprocessing.get_context("spawn")
     told: dict[str, list[dict[str, Any]]] = {name: [] for name in ways}
     seen: list[dict[str, float]] = []
     for number in range(rounds):
@@ -452,20 +321,20 @@ def measure(
             seen.append(floors(size, Path(folder)))
         for name in ways:
             with tempfile.TemporaryDirectory(prefix="rds-") as folder:
-                here, there = context.Pipe()
-                process = context.Process(target=_measure, args=(name, folder, size, count, saves, there))
-                process.start()
-                there.close()
-                told[name].append(here.recv())
-                process.join()
+                told[name].append(run_alone(_measure, name, folder, size, count, saves))
+            if failed := told[name][-1].get("failed"):
+                say(f"  round {number}: {name}: {failed}")
+                continue
             later = told[name][-1]["saves"][1:]
             say(f"  round {number}: {name}: stall {median([s['stall_s'] for s in later]):.3f} s, "
                 f"durable {median([s['durable_s'] for s in later]):.2f} s")  # fmt: skip
     return told, {key: median([each[key] for each in seen]) for key in seen[0]}
 
 
-def sum_up(told: list[dict[str, Any]]) -> dict[str, float]:
-    """One way's figures: medians over all saves but each process's first, which has its own."""
+def sum_up(told: list[dict[str, Any]]) -> dict[str, Any]:
+    """One way's figures: medians over all saves but each process's first, which has its own; or why it failed."""
+    if failed := next((each["failed"] for each in told if "failed" in each), ""):
+        return {"failed": failed}
     later = [save for each in told for save in each["saves"][1:]]
     found = {key: median([save[key] for save in later]) for key in ("stall_s", "durable_s", "lost_s")}
     found["stall_p95_s"] = p95([save["stall_s"] for save in later])
@@ -473,43 +342,53 @@ def sum_up(told: list[dict[str, Any]]) -> dict[str, float]:
     return {**found, **{key: median([each[key] for each in told]) for key in ("peak_bytes", "cpu_s", "alone_s", "raw_put_s")}}
 
 
+HEAD = ("way", "stall s (median / p95)", "to memcpy", "first stall s", "durable s", "durable s, alone", "raw / alone",
+        "lost s", "CPU s", "peak / state")  # fmt: skip
+
+
+def row(name: str, f: Mapping[str, Any], floor: Mapping[str, float], size: int) -> list[str]:
+    """A line of the table."""
+    if "failed" in f:
+        return [name, f["failed"], *[""] * (len(HEAD) - 2)]
+    return [name, f"{f['stall_s']:.4f} / {f['stall_p95_s']:.4f}", f"{f['stall_s'] / floor['memcpy_s']:.2f}",
+            f"{f['first_stall_s']:.4f}", f"{f['durable_s']:.2f}", f"{f['alone_s']:.2f}",
+            f"{(f['raw_put_s'] or floor['raw_put_s']) / f['alone_s']:.2f}", f"{f['lost_s']:.2f}",
+            f"{f['cpu_s']:.2f}", f"{f['peak_bytes'] / size:.2f}"]  # fmt: skip
+
+
+def result(found: Mapping[str, Mapping[str, Any]], floor: Mapping[str, float]) -> dict[str, Any]:
+    """The last line: of each way what it told, and the figures that are compared, where their ways were measured."""
+    ours, in_s3 = found.get("ray_dr", {}), found.get(IN_S3, {})
+    peers = [found[name] for name in found if name.startswith(DCP_ASYNC) and "failed" not in found[name]]
+    compared = {key: ours[key] for key in ("stall_s", "first_stall_s", "durable_s", "lost_s", "alone_s") if key in ours}
+    compared |= {f"s3_{key}": in_s3[key] for key in ("alone_s", "raw_put_s") if key in in_s3}
+    compared |= {f"dcp_async_{key}": min(peer[key] for peer in peers) for key in ("stall_s", "lost_s") if peers}
+    return {**compared, **floor, "ways": dict(found)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="256 MB, one round")
     parser.add_argument("--json", action="store_true", help="the last line is one JSON object")
-    parser.add_argument("--megabytes", type=int, default=0, help="size of the state (default 1024; 256 with --quick)")
+    parser.add_argument("--size", type=size_in_bytes, default=0, help='of the state (default "1 GB"; "256 MB" with --quick)')
     parser.add_argument("--rounds", type=int, default=0, help="processes per way to save (default 2; 1 with --quick)")
-    parser.add_argument("--only", action="append", choices=list(WAYS), help="one of the ways; may be repeated")
+    parser.add_argument("--only", action="append", choices=WAYS, metavar="WAY", help=f"may be repeated; of: {'; '.join(WAYS)}")
     parser.add_argument("--tensors", type=int, default=0, help="so many tensors of equal size")
     asked = parser.parse_args()
-    if asked.json and asked.only:
-        parser.error("--json compares all ways: leave --only out")
     seen = environment()
     say(json.dumps(seen))
-    size, rounds = (asked.megabytes or (256 if asked.quick else 1024)) * 2**20, asked.rounds or (1 if asked.quick else 2)
-    told, floor = measure(size, rounds, 4 if asked.quick else 6, asked.only or list(WAYS), asked.tensors)
+    size, rounds = asked.size or (256 if asked.quick else 1024) * 2**20, asked.rounds or (1 if asked.quick else 2)
+    ways, left_out = installed(asked.only or WAYS, MODULES)
+    left_out += [no_room(name, size, room(name)) for name in ways if not fits(size, room(name))]
+    ways = [name for name in ways if fits(size, room(name))]
+    told, floor = measure(size, rounds, 4 if asked.quick else 6, ways, asked.tensors)
     found = {name: sum_up(each) for name, each in told.items()}
-    head = ["way", "stall s (median / p95)", "to memcpy", "first stall s", "durable s", "durable s, alone", "raw / alone",
-            "lost s", "CPU s", "peak / state"]  # fmt: skip
-    rows = [
-        [name, f"{f['stall_s']:.4f} / {f['stall_p95_s']:.4f}", f"{f['stall_s'] / floor['memcpy_s']:.2f}",
-         f"{f['first_stall_s']:.4f}", f"{f['durable_s']:.2f}", f"{f['alone_s']:.2f}",
-         f"{(f['raw_put_s'] or floor['raw_put_s']) / f['alone_s']:.2f}", f"{f['lost_s']:.2f}",
-         f"{f['cpu_s']:.2f}", f"{f['peak_bytes'] / size:.2f}"]
-        for name, f in found.items()
-    ]  # fmt: skip
-    print(table(head, rows))
+    print(table(HEAD, [row(name, f, floor, size) for name, f in found.items()]))
     print(f"floors: memcpy {floor['memcpy_s']:.3f} s, raw write and fsync {floor['raw_put_s']:.2f} s, of {size / 2**20:.0f} MB"
-          + (f"; raw put in S3 {found[IN_S3]['raw_put_s']:.2f} s" if IN_S3 in found else ""))  # fmt: skip
+          + "".join(f"; raw put in S3, beside {name}, {f['raw_put_s']:.2f} s" for name, f in found.items() if f.get("raw_put_s")))
+    print("".join(f"{line}\n" for line in left_out), end="")
     if asked.json:
-        ours, peers = found["ray_dr"], [found[name] for name in found if name.startswith("DCP async")]
-        print(json.dumps({
-            "stall_s": ours["stall_s"], "first_stall_s": ours["first_stall_s"], "durable_s": ours["durable_s"],
-            "lost_s": ours["lost_s"], "alone_s": ours["alone_s"], **floor,
-            "s3_alone_s": found[IN_S3]["alone_s"], "s3_raw_put_s": found[IN_S3]["raw_put_s"],
-            "dcp_async_stall_s": min(peer["stall_s"] for peer in peers),
-            "dcp_async_lost_s": min(peer["lost_s"] for peer in peers), "ways": found, "environment": seen,
-        }))  # fmt: skip
+        print(json.dumps({**result(found, floor), "left_out": left_out, "bytes": size, "environment": seen}))
 
 
 if __name__ == "__main__":

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import operator
+import os
 import subprocess
 import sys
 import threading
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.distributed.checkpoint.api import CheckpointException, _wrap_exception
 
 from benchmarks import (
+    alone,
     incremental,
     overhead,
     program,
@@ -20,6 +26,8 @@ from benchmarks import (
     restore,
     restore_plans,
     save,
+    save_peers,
+    state,
     stores,
 )
 from benchmarks.kills import Case, Measured
@@ -208,11 +216,112 @@ def test_the_last_line_of_restore_has_the_promised_keys_and_ratios_to_its_floors
     took[restore.MEMCPY]["wall_s"] = [1.5, 1.5, 9.0]
     worlds = [restore_plans.World(4, 3, kind, [1.0], ratio) for kind, ratio in (("memory", 1.2), ("store", 2.5))]
     manifests = [restore_plans.Manifests(1, [(0.5, 0.25), (0.5, 0.75)])]
-    found = json.loads(json.dumps(restore.result(took, [0.2], worlds, manifests, 2**30, {})))
+    told = {**restore.result(took, [0.2], 2**30), **restore.of_others(worlds, manifests)}
+    found = json.loads(json.dumps(told))
     assert (found["memory_s"], found["memcpy_s"], found["memory_ratio"]) == (3.0, 1.5, 0.5)
     assert (found["other_world_ratio"], found["other_world_store_ratio"], found["manifest_100k_s"]) == (1.2, 2.5, 1.0)
     assert {"peer_s", "tcp_s", "s3_s", "raw_get_s", "dcp_s3_s"} <= found.keys()
-    assert len(list(restore.rows(took, 2**30))) == len(names) - 2, "the fastest of several is no row"
+    assert len(list(restore.rows(took, 2**30, {}))) == len(names) - 2, "the fastest of several is no row"
+
+
+def test_restore_tells_what_was_measured_when_it_was_not_all_and_why_the_rest_failed() -> None:
+    took = {name: {"wall_s": [2.0], "cpu_s": [1.0]} for name in (restore.MEMCPY, restore.SAFE_OPEN)}
+    found = restore.result(took, [], 2**30)
+    assert (found["memcpy_s"], found["all"]) == (2.0, took)
+    assert not {"memory_s", "memory_ratio", "hashed_ahead_s"} & found.keys()
+    rows = list(restore.rows(took, 2**30, {restore.NVRX: "failed: why"}))
+    assert [row[0] for row in rows] == [restore.MEMCPY, restore.SAFE_OPEN, restore.NVRX]
+    assert (rows[1][-1], rows[2][1]) == ("1.00 of memcpy", "failed: why")
+
+
+def test_restore_measures_what_fits_into_memory_together_and_each_group_with_its_floors() -> None:
+    together, large = restore.divide([*restore.FLOORS], 100.0)
+    assert not large
+    assert [set(group) for group in together] == [set(restore.WAYS)]
+    groups, large = restore.divide([*restore.FLOORS], 5.2)
+    assert not large
+    assert {name for group in groups for name in group} == set(restore.WAYS)
+    assert all(restore.takes(group) <= 5.2 for group in groups)
+    for group in groups:
+        floors = {floor for name in group if (floor := restore.FLOORS.get(name))}
+        assert all(set(restore.SEVERAL[floor]) <= set(group) for floor in floors)
+    assert "slots" in {restore.KEEPS[name][0] for name in restore.divide([*restore.FLOORS], 4.2)[1]}
+
+
+@pytest.mark.parametrize("name", [restore.MEMCPY, restore.TORCH, restore.DCP])
+def test_a_way_to_restore_gives_what_the_tensors_held_and_one_that_gives_other_bytes_fails(name: str, tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        setting = restore.Setting("", tmp_path, 2**20, stack)
+        ways = {name: restore.WAYS[name](setting), "liar": restore.Way(lambda: None)}
+        failures = restore.compete(ways, setting, 2)
+    assert list(failures) == ["liar"]
+    assert "other bytes" in failures["liar"]
+    assert len(ways[name].took["wall_s"]) == 2
+
+
+def test_a_peers_way_to_save_is_told_like_ours(tmp_path: Path) -> None:
+    name = "torch.save"
+    told = save._measure(name, str(tmp_path), 2**20, 0, 2)
+    found = save.sum_up([told])
+    assert found["durable_s"] >= found["stall_s"] > 0
+    assert len(save.row(name, found, {"memcpy_s": 1.0, "raw_put_s": 1.0}, 2**20)) == len(save.HEAD)
+
+
+def test_a_way_to_save_that_fails_says_so_in_the_table_and_the_others_count() -> None:
+    one = {"stall_s": 1.0, "durable_s": 2.0, "lost_s": 0.5}
+    good = save.sum_up([{"saves": [one, one], "peak_bytes": 1, "cpu_s": 0.1, "alone_s": 0.8, "raw_put_s": 0.0}])
+    bad = save.sum_up([{"saves": [one, one], "peak_bytes": 1, "cpu_s": 0.1, "alone_s": 0.8, "raw_put_s": 0.0},
+                       {"failed": "failed: why"}])  # fmt: skip
+    assert bad == {"failed": "failed: why"}
+    floor = {"memcpy_s": 1.0, "raw_put_s": 1.0}
+    assert save.row("NVRx, fork", bad, floor, 1)[:2] == ["NVRx, fork", "failed: why"]
+    found = save.result({"ray_dr": good, "DCP async_save": bad, "DCP async_save, process": good}, floor)
+    assert (found["stall_s"], found["dcp_async_stall_s"], found["memcpy_s"]) == (1.0, 1.0, 1.0)
+    assert "s3_alone_s" not in found
+    assert found["ways"]["DCP async_save"] == bad
+
+
+@pytest.mark.parametrize(
+    ("work", "given", "told"),
+    [(operator.truediv, (1, 0), "failed: ZeroDivisionError: division by zero"),
+     (os._exit, (7,), "failed: its process ended (7)")],
+)  # fmt: skip
+def test_work_in_a_process_of_its_own_tells_why_it_failed(work: Any, given: tuple[int, ...], told: str) -> None:
+    assert alone.run_alone(work, *given) == {"failed": told}
+
+
+def test_an_error_is_one_line_that_fits_a_table_and_of_dcps_the_one_that_says_why() -> None:
+    assert alone.said(ValueError("a\n| b")) == "failed: ValueError: a / b"
+    try:
+        raise ValueError("no room")
+    except ValueError as error:
+        wrapped = CheckpointException("write", {0: _wrap_exception(error)})
+    assert alone.said(wrapped) == "failed: CheckpointException: ValueError: no room"
+
+
+def test_the_processor_time_of_processes_below_is_counted_while_they_live_and_after() -> None:
+    burn = "import time\nwhile time.process_time() < 0.3: pass\nprint(flush=True)\ninput()"
+    before = save_peers.children_cpu_s()
+    with subprocess.Popen([sys.executable, "-c", burn], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        assert save_peers.children_cpu_s() - before > 0.25
+        child.communicate(b"\n")
+    assert save_peers.children_cpu_s() - before > 0.25
+
+
+@pytest.mark.parametrize(("text", "size"), [("4 GB", 2**32), ("256MB", 2**28), ("0.5 GB", 2**29)])
+def test_a_size_is_said_with_its_unit(text: str, size: int) -> None:
+    assert state.size_in_bytes(text) == size
+    for bad in ("4", "GB", "0 GB", "4 TB", "-1 GB"):
+        with pytest.raises(argparse.ArgumentTypeError, match="as in '4 GB'"):
+            state.size_in_bytes(bad)
+
+
+def test_a_way_whose_module_is_missing_is_left_out_with_a_line_that_says_how_to_get_it() -> None:
+    here, lines = state.installed(["torch.save", "a", "b"], {"a": "no_such_module", "b": "no_such_module"})
+    assert here == ["torch.save"]
+    assert lines == ["left out, as no_such_module is not installed (pip install -e '.[bench]'): a; b"]
 
 
 def test_a_checkpoint_of_restores_worlds_is_read_whole_by_every_other_world() -> None:
