@@ -354,7 +354,7 @@ def compete(ways: dict[str, Way], setting: Setting, rounds: int) -> dict[str, st
     """Let each way fill the tensors, in an order that changes; the first round is not timed but compared, bit for bit. Gives
     what failed, and why."""
     names, failures = list(ways), dict[str, str]()
-    for number in range(rounds + 1):
+    for number in range(rounds + 1 if names else 0):
         for name in names[number % len(names) :] + names[: number % len(names)]:
             if name in failures:
                 continue
@@ -400,7 +400,8 @@ Took = dict[str, dict[str, list[float]]]
 
 
 def measure(groups: list[list[str]], size: int, rounds: int) -> tuple[Took, list[float], dict[str, str]]:
-    """Way -> what each round took, floors at their fastest; the seconds that hashing ahead took; and what failed, and why."""
+    """Way -> what each round took, floors at their fastest, and `floor_s`, that of its group; the seconds that hashing ahead
+    took; and what failed, and why."""
     took: Took = {}
     ahead, failures = list[float](), dict[str, str]()
     for number, names in enumerate(groups):
@@ -413,6 +414,9 @@ def measure(groups: list[list[str]], size: int, rounds: int) -> tuple[Took, list
         ahead += told["ahead"]
         failures |= told["failures"]
         for name, each in told["took"].items():
+            beside = [told["took"][floor] for floor in SEVERAL.get(FLOORS.get(name, ""), []) if floor in told["took"]]
+            if beside:
+                each["floor_s"] = [min(median(floor["wall_s"]) for floor in beside)]
             for key, values in each.items():
                 took.setdefault(name, {}).setdefault(key, []).extend(values)
     took = {name: took[name] for name in [*FLOORS, *WAYS] if name in took}
@@ -427,7 +431,7 @@ def rows(took: Took, size: int, failures: Mapping[str, str]) -> Iterator[tuple[o
         if name in (TCP, RAW_GET):
             continue  # each the fastest of several, which have rows themselves
         wall, floor = median(each["wall_s"]), FLOORS.get(name, "")
-        share = f"{median(took[floor]['wall_s']) / wall:.2f} of {floor}" if floor in took else ""
+        share = f"{each['floor_s'][0] / wall:.2f} of {floor}" if "floor_s" in each else ""
         yield (name, f"{wall:.3f} / {p95(each['wall_s']):.3f}", f"{size / wall / 1e9:.2f}",
                f"{median(each['cpu_s']) / size * 1e9:.2f}", share)  # fmt: skip
     yield from ((name, why, "", "", "") for name, why in failures.items())
@@ -484,9 +488,11 @@ def result(took: Took, ahead: list[float], size: int) -> dict[str, Any]:
             "peer_s": PEER, "tcp_s": TCP, "disk_s": DISK, "s3_s": S3, "raw_get_s": RAW_GET, "dcp_s3_s": DCP_S3,
             "dcp_disk_s": DCP, "torch_load_s": TORCH}  # fmt: skip
     found: dict[str, Any] = {key: median(took[name]["wall_s"]) for key, name in keys.items() if name in took}
-    ratios = {"memory_ratio": ("memcpy_s", "memory_s"), "peer_ratio": ("tcp_s", "peer_s"), "s3_ratio": ("raw_get_s", "s3_s"),
-              "dcp_s3_times": ("dcp_s3_s", "s3_s")}  # fmt: skip
-    found |= {key: found[over] / found[under] for key, (over, under) in ratios.items() if {over, under} <= found.keys()}
+    ratios = {"memory_ratio": MEMORY, "peer_ratio": PEER, "s3_ratio": S3}
+    found |= {key: took[name]["floor_s"][0] / median(took[name]["wall_s"]) for key, name in ratios.items()
+              if "floor_s" in took.get(name, {})}  # fmt: skip
+    if {"dcp_s3_s", "s3_s"} <= found.keys():
+        found["dcp_s3_times"] = found["dcp_s3_s"] / found["s3_s"]
     return {**found, "bytes": size, "all": took, **({"hashed_ahead_s": median(ahead)} if ahead else {})}
 
 

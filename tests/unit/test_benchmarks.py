@@ -214,6 +214,8 @@ def test_the_last_line_of_restore_has_the_promised_keys_and_ratios_to_its_floors
     names = (*restore.FLOORS, restore.MEMCPY, restore.TCP, restore.RAW_GET)
     took = {name: {"wall_s": [2.0, 4.0, 3.0], "cpu_s": [1.0, 1.0, 1.0]} for name in names}
     took[restore.MEMCPY]["wall_s"] = [1.5, 1.5, 9.0]
+    for name in restore.FLOORS:
+        took[name]["floor_s"] = [1.5]
     worlds = [restore_plans.World(4, 3, kind, [1.0], ratio) for kind, ratio in (("memory", 1.2), ("store", 2.5))]
     manifests = [restore_plans.Manifests(1, [(0.5, 0.25), (0.5, 0.75)])]
     told = {**restore.result(took, [0.2], 2**30), **restore.of_others(worlds, manifests)}
@@ -226,12 +228,13 @@ def test_the_last_line_of_restore_has_the_promised_keys_and_ratios_to_its_floors
 
 def test_restore_tells_what_was_measured_when_it_was_not_all_and_why_the_rest_failed() -> None:
     took = {name: {"wall_s": [2.0], "cpu_s": [1.0]} for name in (restore.MEMCPY, restore.SAFE_OPEN)}
+    took[restore.SAFE_OPEN]["floor_s"] = [1.0]  # that of its group, in which memcpy was faster
     found = restore.result(took, [], 2**30)
     assert (found["memcpy_s"], found["all"]) == (2.0, took)
     assert not {"memory_s", "memory_ratio", "hashed_ahead_s"} & found.keys()
     rows = list(restore.rows(took, 2**30, {restore.NVRX: "failed: why"}))
     assert [row[0] for row in rows] == [restore.MEMCPY, restore.SAFE_OPEN, restore.NVRX]
-    assert (rows[1][-1], rows[2][1]) == ("1.00 of memcpy", "failed: why")
+    assert (rows[1][-1], rows[2][1]) == ("0.50 of memcpy", "failed: why")
 
 
 def test_restore_measures_what_fits_into_memory_together_and_each_group_with_its_floors() -> None:
@@ -254,6 +257,7 @@ def test_a_way_to_restore_gives_what_the_tensors_held_and_one_that_gives_other_b
         setting = restore.Setting("", tmp_path, 2**20, stack)
         ways = {name: restore.WAYS[name](setting), "liar": restore.Way(lambda: None)}
         failures = restore.compete(ways, setting, 2)
+        assert not restore.compete({}, setting, 2)
     assert list(failures) == ["liar"]
     assert "other bytes" in failures["liar"]
     assert len(ways[name].took["wall_s"]) == 2
