@@ -32,7 +32,7 @@ from ray_dr.stores.disk import FileStore
 from ray_dr.stores.memory import MemoryStore
 from ray_dr.stores.open import open_store
 from tests.unit import test_repository_sweep
-from tests.unit.test_repository_sweep import PIECE, Actor, World, explore, objects_of, restored, whole
+from tests.unit.test_repository_sweep import PIECE, Actor, World, distinct, ends, explore, objects_of, restored, whole
 
 __all__ = ["whole"]
 
@@ -124,9 +124,7 @@ def actor(start: Mapping[str, bytes], job: str, *does: str | int | Manifest) -> 
 
 def swept(worlds: Sequence[World]) -> None:
     """After one more prune of each job nothing is left but what is named or held."""
-    for world in worlds:
-        if set(world.answers) != {None}:
-            continue
+    for world in distinct(world for world in worlds if set(world.answers) == {None}):
         store = world.store()
         for job in (B, A):
             prune.execute(store, CommitLog(store, job), job, keep=Keep(1), term=1, whole=True)
@@ -304,8 +302,7 @@ def test_a_base_that_prunes_while_another_job_begins_harms_neither(both: None) -
     start, *actors = beginning()
     worlds = explore(start, *actors)
     assert len(worlds) > 100
-    ends = {tuple(expect_whole(world.store())) for world in worlds if set(world.answers) == {None}}
-    assert ends >= {(30, 1)}
+    assert ends(worlds) >= {(30, 1)}
     swept(worlds)
 
 
@@ -335,9 +332,8 @@ def test_a_base_that_is_closed_beside_a_save_that_needs_it_harms_nothing(both: N
     worlds = explore(start, *actors)
     assert len(worlds) > 100
     swept(worlds)
-    ends = {tuple(expect_whole(world.store())) for world in worlds if set(world.answers) == {None}}
-    assert ends == {(30, 5), (30, 8), (30, 5, 8)}
-    released = {bool(CommitLog(world.store(), A).refresh().holds) for world in worlds}
+    assert ends(worlds) == {(30, 5), (30, 8), (30, 5, 8)}
+    released = {bool(CommitLog(world.store(), A).refresh().holds) for world in distinct(worlds)}
     assert released == {True, False}
 
 
