@@ -11,6 +11,7 @@ servers ignore `If-None-Match` when a multipart upload is completed.
 
 from __future__ import annotations
 
+import functools
 import http.client
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -241,8 +242,8 @@ def _broken_off(done: int, wanted: int, key: str) -> StoreUnavailable:
 
 
 def _make_client(bucket: Bucket, connect_timeout_s: float, io_timeout_s: float) -> Any:
-    import boto3
     from botocore.config import Config
+    from botocore.session import get_session
 
     config = Config(
         connect_timeout=connect_timeout_s,
@@ -257,9 +258,18 @@ def _make_client(bucket: Bucket, connect_timeout_s: float, io_timeout_s: float) 
             "addressing_style": "path" if bucket.endpoint else "auto",
         },
     )
-    session = boto3.session.Session()
-    region = bucket.region or session.region_name or "us-east-1"
-    return session.client("s3", endpoint_url=bucket.endpoint, region_name=region, config=config)
+    session = get_session()
+    session.register_component("data_loader", _loader())
+    region = bucket.region or session.get_config_variable("region") or "us-east-1"
+    return session.create_client("s3", endpoint_url=bucket.endpoint, region_name=region, config=config)
+
+
+@functools.cache
+def _loader() -> Any:
+    """What botocore knows of its services: read and parsed once for all stores of a process, and held once."""
+    from botocore.loaders import create_loader
+
+    return create_loader()
 
 
 @contextmanager

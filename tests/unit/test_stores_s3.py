@@ -197,3 +197,9 @@ def test_a_connection_is_used_again(server: S3Server) -> None:
         store.readinto("k", memoryview(room))
     made = [connections.num_connections for connections in pool.pools._container.values()]
     assert made == [1]
+
+
+def test_what_the_client_knows_of_s3_is_held_once_for_all_stores(server: S3Server) -> None:
+    first, second = bare(server), bare(server)
+    assert first._client is not second._client
+    assert first._client._loader is second._client._loader
