@@ -22,6 +22,7 @@ from ray_dr.stores.memory import MemoryStore
 from ray_dr.stores.open import open_store
 from ray_dr.stores.retrying import Retry, Retrying
 from tests.s3_server import S3Server
+from tests.servers.bound import bound
 from tests.servers.ceph import NotAvailable, RadosGateway
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,7 +46,7 @@ def moto_endpoint() -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [str(ROOT / ".venv-moto/bin/moto_server"), "-H", "127.0.0.1", "-p", str(port)]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    server = subprocess.Popen(bound(command), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     endpoint = f"http://127.0.0.1:{port}"
     try:
         _wait_until_up(endpoint, server)

@@ -1,9 +1,10 @@
 """A real S3 server: Ceph's gateway over one monitor and one disk of a file, all on loopback, for as long as it is needed.
 
-    with RadosGateway(folder) as gateway:          # some 15 s; raises NotAvailable, saying why
+    with RadosGateway(folder) as gateway:          # some 5 s; raises NotAvailable, saying why
         store = open_store(gateway.url("bucket"))  # credentials: gateway.environment
 
-It is what `install_ceph.sh` unpacked into .ceph.
+It is what `install_ceph.sh` unpacked into .ceph. The monitor waits for no second change before it writes one down, else
+the dozen changes of a start cost a second each.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import urllib.request
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+
+from tests.servers.bound import bound
 
 ROOT = Path(__file__).resolve().parents[2]
 CEPH = ROOT / ".ceph"
@@ -53,6 +56,8 @@ osd pool default pg autoscale mode = off
 osd crush chooseleaf type = 0
 mon allow pool size one = true
 mon max pg per osd = 1000
+paxos propose interval = 0.01
+paxos min wait = 0.01
 [mon]
 mon data = {folder}/mon
 [osd]
@@ -148,12 +153,12 @@ class RadosGateway:
         self._until(self._answers, "its gateway")
 
     def _run(self, program: str, *arguments: str) -> None:
-        """Start a daemon that stays in the foreground."""
+        """Start a daemon that stays in the foreground, and ends with this thread at the latest."""
         log = self._folder.joinpath(f"{program}.out").open("wb")
         with log:
             self._running.append(
                 subprocess.Popen(
-                    [*self._command(program), *arguments, "-f"], stdout=log, stderr=log, env=self._environment()
+                    bound([*self._command(program), *arguments, "-f"]), stdout=log, stderr=log, env=self._environment()
                 )
             )
 
