@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,7 @@ def part_of(path: Path) -> str:
     return relative.parts[0] if len(relative.parts) > 1 else relative.stem
 
 
+@functools.cache
 def tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text(), str(path))
 
@@ -90,8 +92,13 @@ def environment_reads(path: Path) -> Iterator[ast.AST]:
     )
 
 
-def imports(path: Path) -> Iterator[tuple[str, ast.AST]]:
+@functools.cache
+def imports(path: Path) -> Sequence[tuple[str, ast.AST]]:
     """Every imported module's dotted name; those for the type checker alone don't count."""
+    return list(_imports(path))
+
+
+def _imports(path: Path) -> Iterator[tuple[str, ast.AST]]:
     module = tree(path)
     unseen = {
         id(inner)
