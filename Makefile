@@ -33,8 +33,10 @@ lint: install
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_architecture.py
 
+# Each process takes a stretch of the tests, and what is left of another's when it is through: a server or a set of worker
+# processes that tests share is started by one of them.
 test-fast: lint
-	$(BIN)/python -m pytest -m "not ray and not gpu" --ignore tests/test_architecture.py
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal -m "not ray and not gpu" --ignore tests/test_architecture.py
 
 test-ray: install
 	$(BIN)/python -m pytest -m ray
