@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -32,7 +34,8 @@ LIVES = {
 FAIR_EVENTS = 40
 
 
-def _steps(life: str) -> tuple[Policy, list[Explored]]:
+@functools.cache
+def _steps(life: str) -> tuple[Policy, Sequence[Explored]]:
     policy, (start, at), depth = LIVES[life]
     return policy, list(explore(policy, start, at, depth))
 
