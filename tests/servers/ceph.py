@@ -165,8 +165,9 @@ class RadosGateway:
     def _do(self, program: str, *arguments: str) -> str:
         """Run something to its end; what it printed."""
         done = subprocess.run(
-            [*self._command(program), *arguments], env=self._environment(), capture_output=True, text=True, timeout=START_S
-        )
+            bound([*self._command(program), *arguments]),
+            env=self._environment(), capture_output=True, text=True, timeout=START_S,
+        )  # fmt: skip
         if done.returncode:
             raise NotAvailable(f"Ceph's {program} {arguments[0]} failed: {done.stderr[-500:]}")
         return done.stdout
