@@ -1,0 +1,175 @@
+"""Nobody gets on: one rank is behind and does not move, and the others wait for it."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from ray_dr.detection.robust import quantile
+from ray_dr.model.signal import (
+    IN_STEP,
+    Beacon,
+    FaultKind,
+    Finding,
+    Formed,
+    Now,
+    Report,
+    Sample,
+    Stage,
+    WholeStep,
+    WorkerPhase,
+)
+
+LEAST_S = 4.3
+"""No limit is shorter. With a report (0.25 s) and a look (0.25 s) after it, what exceeds it is noticed within 5 s."""
+SUSPECTED, CONFIRMED = 2.8, 6.0
+"""Of the 99th percentile."""
+UNLEARNED = 10.0
+"""Of the longest one so far, while fewer than ENOUGH are known."""
+ENOUGH = 20
+STEPS_REMEMBERED, PHASES_REMEMBERED = 512, 128
+LOOK_S = 0.25
+UNKNOWN_S = 600.0
+"""For what has never been seen to end: a first step, a compilation, a first evaluation."""
+LEAST_OUTSIDE_S = {WorkerPhase.SAVE: 90.0, WorkerPhase.EVAL: 30.0, WorkerPhase.COMPILE: 120.0}
+"""Outside of steps times differ more. A save may wait 60 s for a free slot before it says itself that there is none."""
+
+Place = tuple[int, int, bool]
+
+
+@dataclass(slots=True)
+class Hang:
+    """From beacons: ranks are ordered by (step, collectives entered, out of the last one again). Those at the end of the
+    order are the ones the group waits for; whoever waits in a collective for them is not to blame. A rank is behind for
+    too long when it has been in its phase beyond that phase's limit, by its own node's clock, as of its agent's last
+    report (so a silent agent makes nobody late). When all are inside of the same collective it is a rank whose process
+    is stopped, else the network or a kernel.
+
+    Limits. Within a step: suspected at max(4.3 s, 2.8 x p99), confirmed at max(4.3 s, 6 x p99) of the last 512 steps'
+    times: at once and within 5 s where p99 is below 0.7 s. First step: 600 s. Compile, eval and save: 600 s until one
+    was seen to end, then the same multiples of their own p99 with floors of 120, 30 and 90 s. Setting up has the
+    machine's own limit. What is seen to take longer than its limit is learned from.
+
+    False alarms: with lognormal step times whose p99 is 5 x their median, a step exceeds 2.8 p99 once in 1.5e4 and 6 p99
+    once in 2.3e6 steps: at 0.1 s per step the floor of 4.3 s is 43 medians (once in 4e7 steps, 45 days); at 1 s per
+    step one suspicion in 4 hours and one confirmed in 26 days; with p99 at 2 x the median neither in a lifetime.
+    """
+
+    name: ClassVar[str] = "hang"
+    hears: ClassVar[tuple[type, ...]] = (Formed, Report, WholeStep, Now)
+
+    _formed: Formed | None = None
+    _began: int = -1
+    _beacons: dict[int, tuple[Beacon, float]] = field(default_factory=dict)
+    """rank -> its beacon, and for how long it had been in that phase when its agent said so"""
+    _steps: deque[float] = field(default_factory=lambda: deque(maxlen=STEPS_REMEMBERED))
+    _phases: dict[WorkerPhase, deque[float]] = field(default_factory=dict)
+    _looked_at: float = 0.0
+    _told: Finding | None = None
+
+    def observe(self, sample: Sample) -> Iterator[Finding]:
+        """A suspicion, then a confirmed finding, about the ranks that are behind; withdrawn when they move on."""
+        match sample:
+            case Formed():
+                if self._formed is None or len(self._formed.members) != len(sample.members) > 0:
+                    self._steps.clear()  # another world, other times
+                self._formed, self._began, self._told = sample, -1, None
+                self._beacons = {}
+            case Report(beacons=beacons) if beacons and self._formed is not None:
+                for beacon in beacons:
+                    if beacon.attempt == self._formed.attempt:
+                        self._heard(beacon, sample.clock - beacon.since)
+            case WholeStep(ranks=ranks) if 0 <= self._began < sample.step - 1:
+                self._steps.append(max(done.took_s for done in ranks))
+            case Now() if sample.at - self._looked_at >= LOOK_S:
+                self._looked_at = sample.at
+                yield from self._look(sample.at)
+
+    def _heard(self, beacon: Beacon, age_s: float) -> None:
+        before = self._beacons.get(beacon.rank)
+        if before is not None and before[0].since != beacon.since and before[0].phase in LEAST_OUTSIDE_S:
+            took_s = beacon.since - before[0].since
+            self._phases.setdefault(before[0].phase, deque(maxlen=PHASES_REMEMBERED)).append(took_s)
+        self._beacons[beacon.rank] = beacon, age_s
+        if self._began < 0 and beacon.phase in IN_STEP:
+            self._began = beacon.step
+
+    def _look(self, at: float) -> Iterator[Finding]:
+        if self._formed is None or not self._formed.members or len(self._beacons) < len(self._formed.members):
+            return
+        last = min(_place(beacon) for beacon, _ in self._beacons.values())
+        behind = {rank: pair for rank, pair in self._beacons.items() if _place(pair[0]) == last}
+        finding = self._judge(behind, at)
+        told = self._told
+        if finding is None and told is not None:
+            self._told = None
+            evidence = f"{_names(told)}: moved on"
+            yield Finding(self.name, told.kind, told.subjects, at, told.since, evidence, stage="withdrawn", step=told.step)
+        elif finding is not None and (told is None or (told.subjects, told.stage) != (finding.subjects, finding.stage)):
+            self._told = finding
+            yield finding
+
+    def _judge(self, behind: dict[int, tuple[Beacon, float]], at: float) -> Finding | None:
+        late = {
+            rank: (beacon, age_s) for rank, (beacon, age_s) in behind.items()
+            if beacon.phase is not WorkerPhase.COLLECTIVE and age_s > LEAST_S and age_s > self._limit(beacon, SUSPECTED)
+        }  # fmt: skip
+        if not late and all(beacon.phase is WorkerPhase.COLLECTIVE for beacon, _ in behind.values()):
+            waited_s = min(age_s for _, age_s in behind.values())
+            if waited_s <= LEAST_S or waited_s <= self._limit(next(iter(behind.values()))[0], SUSPECTED):
+                return None
+            late = {rank: pair for rank, pair in behind.items() if pair[0].stopped} or behind
+        return self._finding(late, at) if late else None
+
+    def _finding(self, late: dict[int, tuple[Beacon, float]], at: float) -> Finding:
+        assert self._formed is not None, "only a group hangs"
+        age_s = min(age_s for _, age_s in late.values())
+        beacon = next(beacon for beacon, _ in late.values())
+        limit_s = self._limit(beacon, CONFIRMED)
+        stage: Stage = "confirmed" if age_s > limit_s else "suspected"
+        inside = beacon.phase is WorkerPhase.COLLECTIVE
+        waiting = sum(other.phase is WorkerPhase.COLLECTIVE for other, _ in self._beacons.values()) - inside * len(late)
+        who = ", ".join(str(rank) for rank in sorted(late)[:8]) + (", ..." if len(late) > 8 else "")
+        what = f"collective {beacon.collective}" if inside else beacon.phase.value
+        stopped = ", its process is stopped" if beacon.stopped else ""
+        evidence = f"rank {who} in {what} of step {beacon.step} for {age_s:.1f} s{stopped}; {waiting} wait for it"
+        if inside and not beacon.stopped:
+            evidence += ": all have entered it, so the network or a kernel, and no rank"
+        numbers = {"age_s": age_s, "limit_s": limit_s, "waiting": float(waiting), "ranks": float(len(late))}
+        subjects = tuple(self._formed.subject(rank) for rank in sorted(late))
+        return Finding(
+            self.name, FaultKind.HANG, subjects, at, at - age_s, evidence, stage=stage, numbers=numbers, step=beacon.step
+        )  # fmt: skip
+
+    def _limit(self, beacon: Beacon, multiple: float) -> float:
+        """Seconds that a rank may be in its phase."""
+        match beacon.phase:
+            case WorkerPhase.SETUP:
+                return math.inf
+            case WorkerPhase.SAVE | WorkerPhase.EVAL | WorkerPhase.COMPILE as phase:
+                return _learned(self._phases.get(phase, ()), multiple, LEAST_OUTSIDE_S[phase])
+            case WorkerPhase.DONE:  # it is behind only for those that wait for it in a collective
+                waits = any(other.phase is WorkerPhase.COLLECTIVE for other, _ in self._beacons.values())
+                return _learned(self._steps, multiple, LEAST_S) if waits else math.inf
+            case _:
+                first = beacon.step <= self._began
+                return UNKNOWN_S if first else _learned(self._steps, multiple, LEAST_S)
+
+
+def _learned(times: deque[float] | tuple[()], multiple: float, least_s: float) -> float:
+    if not times:
+        return UNKNOWN_S
+    if len(times) < ENOUGH:
+        return max(least_s, UNLEARNED * max(times))
+    return max(least_s, multiple * quantile(times, 0.99))
+
+
+def _place(beacon: Beacon) -> Place:
+    return beacon.step, beacon.collective, beacon.phase is not WorkerPhase.COLLECTIVE
+
+
+def _names(finding: Finding) -> str:
+    return ", ".join(str(subject) for subject in finding.subjects[:8])
