@@ -112,8 +112,10 @@ def classify(findings: Sequence[Finding], *, past: Collection[tuple[str, int]] =
     same = [other for other in roots if other.kind is root.kind and _like(root, other)]
     besides = tuple(other for other in roots if other not in same)
     aside = [SetAside(finding, explained[id(finding)]) for finding in acting if id(finding) in explained]
-    aside += [SetAside(finding, "on trial: in the shadow") for finding in current if finding.shadow and finding.stage == "confirmed"]
-    aside += [SetAside(finding, "a suspicion only") for finding in current if finding.stage == "suspected"]
+    aside += [
+        SetAside(finding, "on trial: in the shadow" if finding.shadow else "a suspicion only")
+        for finding in current if finding not in acting
+    ]  # fmt: skip
     kind, reason = _judge(root, past)
     subjects = tuple(dict.fromkeys(subject for finding in same for subject in finding.subjects))
     return Diagnosis(kind, subjects, min(finding.since for finding in same), root, tuple(aside), besides, reason)

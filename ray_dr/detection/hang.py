@@ -27,9 +27,8 @@ LEAST_S = 4.3
 """No limit is shorter. With a report (0.25 s) and a look (0.25 s) after it, what exceeds it is noticed within 5 s."""
 SUSPECTED, CONFIRMED = 2.8, 6.0
 """Of the 99th percentile."""
-UNLEARNED = 10.0
-"""Of the longest one so far, while fewer than ENOUGH are known."""
-ENOUGH = 20
+UNLEARNED, UNLEARNED_FIRST, ENOUGH = 4.0, 20.0, 100
+"""While fewer than ENOUGH are known: of the longest so far, 4 + 20 / how many are known."""
 STEPS_REMEMBERED, PHASES_REMEMBERED = 512, 128
 LOOK_S = 0.25
 UNKNOWN_S = 600.0
@@ -45,11 +44,11 @@ class Hang:
     """From beacons: ranks are ordered by (step, collectives entered, out of the last one again). Those at the end of the
     order are the ones the group waits for; whoever waits in a collective for them is not to blame. A rank is behind for
     too long when it has been in its phase beyond that phase's limit, by its own node's clock, as of its agent's last
-    report (so a silent agent makes nobody late). When all are inside of the same collective it is a rank whose process
-    is stopped, else the network or a kernel.
+    report (so a silent agent makes nobody late). When those behind are all inside of a collective, and nobody has moved
+    for as long, it is a rank whose process is stopped, else the network or a kernel.
 
     Limits. Within a step: suspected at max(4.3 s, 2.8 x p99), confirmed at max(4.3 s, 6 x p99) of the last 512 steps'
-    times: at once and within 5 s where p99 is below 0.7 s. First step: 600 s. Compile, eval and save: 600 s until one
+    times: at once and within 5 s where p99 is below 0.7 s (more where fewer than 100 are known). First step: 600 s. Compile, eval and save: 600 s until one
     was seen to end, then the same multiples of their own p99 with floors of 120, 30 and 90 s. Setting up has the
     machine's own limit. What is seen to take longer than its limit is learned from.
 
@@ -65,6 +64,9 @@ class Hang:
     _began: int = -1
     _beacons: dict[int, tuple[Beacon, float]] = field(default_factory=dict)
     """rank -> its beacon, and for how long it had been in that phase when its agent said so"""
+    _heard_at: dict[int, float] = field(default_factory=dict)
+    _moved_at: float = 0.0
+    """When any rank was last seen in another place than before."""
     _steps: deque[float] = field(default_factory=lambda: deque(maxlen=STEPS_REMEMBERED))
     _phases: dict[WorkerPhase, deque[float]] = field(default_factory=dict)
     _looked_at: float = 0.0
@@ -77,23 +79,25 @@ class Hang:
                 if self._formed is None or len(self._formed.members) != len(sample.members) > 0:
                     self._steps.clear()  # another world, other times
                 self._formed, self._began, self._told = sample, -1, None
-                self._beacons = {}
+                self._beacons, self._heard_at = {}, {}
             case Report(beacons=beacons) if beacons and self._formed is not None:
                 for beacon in beacons:
                     if beacon.attempt == self._formed.attempt:
-                        self._heard(beacon, sample.clock - beacon.since)
+                        self._heard(beacon, sample.clock - beacon.since, sample.at)
             case WholeStep(ranks=ranks) if 0 <= self._began < sample.step - 1:
                 self._steps.append(max(done.took_s for done in ranks))
             case Now() if sample.at - self._looked_at >= LOOK_S:
                 self._looked_at = sample.at
                 yield from self._look(sample.at)
 
-    def _heard(self, beacon: Beacon, age_s: float) -> None:
+    def _heard(self, beacon: Beacon, age_s: float, at: float) -> None:
         before = self._beacons.get(beacon.rank)
+        if before is None or _place(before[0]) != _place(beacon):
+            self._moved_at = at
         if before is not None and before[0].since != beacon.since and before[0].phase in LEAST_OUTSIDE_S:
             took_s = beacon.since - before[0].since
             self._phases.setdefault(before[0].phase, deque(maxlen=PHASES_REMEMBERED)).append(took_s)
-        self._beacons[beacon.rank] = beacon, age_s
+        self._beacons[beacon.rank], self._heard_at[beacon.rank] = (beacon, age_s), at
         if self._began < 0 and beacon.phase in IN_STEP:
             self._began = beacon.step
 
@@ -118,10 +122,12 @@ class Hang:
             if beacon.phase is not WorkerPhase.COLLECTIVE and age_s > LEAST_S and age_s > self._limit(beacon, SUSPECTED)
         }  # fmt: skip
         if not late and all(beacon.phase is WorkerPhase.COLLECTIVE for beacon, _ in behind.values()):
-            waited_s = min(age_s for _, age_s in behind.values())
+            # Who waits is late only once nobody has moved for so long: until now he may have waited for one that was slow.
+            waited_s = min(self._heard_at[rank] for rank in behind) - self._moved_at
             if waited_s <= LEAST_S or waited_s <= self._limit(next(iter(behind.values()))[0], SUSPECTED):
                 return None
-            late = {rank: pair for rank, pair in behind.items() if pair[0].stopped} or behind
+            stuck = {rank: (beacon, waited_s) for rank, (beacon, _) in behind.items()}
+            late = {rank: pair for rank, pair in stuck.items() if pair[0].stopped} or stuck
         return self._finding(late, at) if late else None
 
     def _finding(self, late: dict[int, tuple[Beacon, float]], at: float) -> Finding:
@@ -163,7 +169,7 @@ def _learned(times: deque[float] | tuple[()], multiple: float, least_s: float) -
     if not times:
         return UNKNOWN_S
     if len(times) < ENOUGH:
-        return max(least_s, UNLEARNED * max(times))
+        return max(least_s, (UNLEARNED + UNLEARNED_FIRST / len(times)) * max(times))
     return max(least_s, multiple * quantile(times, 0.99))
 
 
