@@ -6,6 +6,7 @@ import math
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from statistics import median
 from typing import ClassVar
 
 from ray_dr.detection.robust import quantile
@@ -23,14 +24,18 @@ from ray_dr.model.signal import (
     WorkerPhase,
 )
 
-LEAST_S = 4.3
-"""No limit is shorter. With a report (0.25 s) and a look (0.25 s) after it, what exceeds it is noticed within 5 s."""
-SUSPECTED, CONFIRMED = 2.8, 6.0
-"""Of the 99th percentile."""
+NOTICED_S = 0.7
+"""From when a limit is exceeded until it is noticed: a report (0.25 s and what it is late by) and a look (0.25 s)."""
+LEAST_S = 5.0 - NOTICED_S
+"""No limit is shorter."""
+SUSPECTED = 3.0
+"""Suspected at so many times the 99th percentile."""
+CONFIRMED = 5.3 / 2.326
+"""Confirmed where a lognormal law through the median and the 99th percentile (its 2.326 sigma) has 5.3 sigma."""
 UNLEARNED, UNLEARNED_FIRST, ENOUGH = 4.0, 20.0, 100
 """While fewer than ENOUGH are known: of the longest so far, 4 + 20 / how many are known."""
 STEPS_REMEMBERED, PHASES_REMEMBERED = 512, 128
-LOOK_S = 0.25
+LOOK_S, REPORT_S = 0.25, 0.25
 UNKNOWN_S = 600.0
 """For what has never been seen to end: a first step, a compilation, a first evaluation."""
 LEAST_OUTSIDE_S = {WorkerPhase.SAVE: 90.0, WorkerPhase.EVAL: 30.0, WorkerPhase.COMPILE: 120.0}
@@ -44,17 +49,19 @@ class Hang:
     """From beacons: ranks are ordered by (step, collectives entered, out of the last one again). Those at the end of the
     order are the ones the group waits for; whoever waits in a collective for them is not to blame. A rank is behind for
     too long when it has been in its phase beyond that phase's limit, by its own node's clock, as of its agent's last
-    report (so a silent agent makes nobody late). When those behind are all inside of a collective, and nobody has moved
-    for as long, it is a rank whose process is stopped, else the network or a kernel.
+    report (so a silent agent makes nobody late). When those behind are all inside of a collective it is a rank whose
+    process is stopped; or, when nobody has moved for as long, the network or a kernel.
 
-    Limits. Within a step: suspected at max(4.3 s, 2.8 x p99), confirmed at max(4.3 s, 6 x p99) of the last 512 steps'
-    times: at once and within 5 s where p99 is below 0.7 s (more where fewer than 100 are known). First step: 600 s. Compile, eval and save: 600 s until one
-    was seen to end, then the same multiples of their own p99 with floors of 120, 30 and 90 s. Setting up has the
-    machine's own limit. What is seen to take longer than its limit is learned from.
+    Delay. Within a step: suspected after max(5 s, 3 x p99) of the last 512 steps' times (later where fewer than 100 are
+    known), confirmed at the same time where p99 is up to 2.4 medians, and later with more jitter: at 5 medians after
+    7.8 x p99. First step: 600 s. Compile, eval and save: 600 s until one was seen to end, then by the same rule from
+    their own times, with floors of 120, 30 and 90 s. Setting up has the machine's own limit. What is seen to take
+    longer than its limit is learned from.
 
-    False alarms: with lognormal step times whose p99 is 5 x their median, a step exceeds 2.8 p99 once in 1.5e4 and 6 p99
-    once in 2.3e6 steps: at 0.1 s per step the floor of 4.3 s is 43 medians (once in 4e7 steps, 45 days); at 1 s per
-    step one suspicion in 4 hours and one confirmed in 26 days; with p99 at 2 x the median neither in a lifetime.
+    False alarms: confirmed with a chance of 6e-8 per step where step times are lognormal: once in 76 days at 0.3 s per
+    step, in 250 days at 1 s; at 0.1 s and p99 = 5 medians the floor is 43 medians (54 days), with less jitter never.
+    Suspected, at p99 = 5 medians, once in 1.7e4 steps (two hours at 0.3 s, six at 1 s); at 3 medians once in 1.2e8
+    steps (0.3 s) or 2.7e5 (1 s); at 2 medians never. A suspicion costs a look at the stacks.
     """
 
     name: ClassVar[str] = "hang"
@@ -119,22 +126,22 @@ class Hang:
     def _judge(self, behind: dict[int, tuple[Beacon, float]], at: float) -> Finding | None:
         late = {
             rank: (beacon, age_s) for rank, (beacon, age_s) in behind.items()
-            if beacon.phase is not WorkerPhase.COLLECTIVE and age_s > LEAST_S and age_s > self._limit(beacon, SUSPECTED)
+            if (beacon.stopped or beacon.phase is not WorkerPhase.COLLECTIVE) and LEAST_S < age_s > self._limit(beacon)
         }  # fmt: skip
         if not late and all(beacon.phase is WorkerPhase.COLLECTIVE for beacon, _ in behind.values()):
             # Who waits is late only once nobody has moved for so long: until now he may have waited for one that was slow.
-            waited_s = min(self._heard_at[rank] for rank in behind) - self._moved_at
-            if waited_s <= LEAST_S or waited_s <= self._limit(next(iter(behind.values()))[0], SUSPECTED):
+            still_s = min(self._heard_at[rank] for rank in behind) - self._moved_at + REPORT_S
+            waited_s = min(still_s, *(age_s for _, age_s in behind.values()))
+            if waited_s <= LEAST_S or waited_s <= self._limit(next(iter(behind.values()))[0]):
                 return None
-            stuck = {rank: (beacon, waited_s) for rank, (beacon, _) in behind.items()}
-            late = {rank: pair for rank, pair in stuck.items() if pair[0].stopped} or stuck
+            late = {rank: (beacon, waited_s) for rank, (beacon, _) in behind.items()}
         return self._finding(late, at) if late else None
 
     def _finding(self, late: dict[int, tuple[Beacon, float]], at: float) -> Finding:
         assert self._formed is not None, "only a group hangs"
         age_s = min(age_s for _, age_s in late.values())
         beacon = next(beacon for beacon, _ in late.values())
-        limit_s = self._limit(beacon, CONFIRMED)
+        limit_s = self._limit(beacon, sure=True)
         stage: Stage = "confirmed" if age_s > limit_s else "suspected"
         inside = beacon.phase is WorkerPhase.COLLECTIVE
         waiting = sum(other.phase is WorkerPhase.COLLECTIVE for other, _ in self._beacons.values()) - inside * len(late)
@@ -150,27 +157,29 @@ class Hang:
             self.name, FaultKind.HANG, subjects, at, at - age_s, evidence, stage=stage, numbers=numbers, step=beacon.step
         )  # fmt: skip
 
-    def _limit(self, beacon: Beacon, multiple: float) -> float:
-        """Seconds that a rank may be in its phase."""
+    def _limit(self, beacon: Beacon, *, sure: bool = False) -> float:
+        """Seconds that a rank may be in its phase; `sure`: before it is no suspicion any more."""
         match beacon.phase:
             case WorkerPhase.SETUP:
                 return math.inf
             case WorkerPhase.SAVE | WorkerPhase.EVAL | WorkerPhase.COMPILE as phase:
-                return _learned(self._phases.get(phase, ()), multiple, LEAST_OUTSIDE_S[phase])
+                return _learned(self._phases.get(phase, ()), LEAST_OUTSIDE_S[phase], sure=sure)
             case WorkerPhase.DONE:  # it is behind only for those that wait for it in a collective
                 waits = any(other.phase is WorkerPhase.COLLECTIVE for other, _ in self._beacons.values())
-                return _learned(self._steps, multiple, LEAST_S) if waits else math.inf
+                return _learned(self._steps, LEAST_S, sure=sure) if waits else math.inf
             case _:
                 first = beacon.step <= self._began
-                return UNKNOWN_S if first else _learned(self._steps, multiple, LEAST_S)
+                return UNKNOWN_S if first else _learned(self._steps, LEAST_S, sure=sure)
 
 
-def _learned(times: deque[float] | tuple[()], multiple: float, least_s: float) -> float:
+def _learned(times: deque[float] | tuple[()], least_s: float, *, sure: bool) -> float:
     if not times:
         return UNKNOWN_S
     if len(times) < ENOUGH:
         return max(least_s, (UNLEARNED + UNLEARNED_FIRST / len(times)) * max(times))
-    return max(least_s, multiple * quantile(times, 0.99))
+    usual_s, rare_s = max(median(times), 1e-6), quantile(times, 0.99)
+    limit_s = max(SUSPECTED * rare_s, usual_s * (rare_s / usual_s) ** CONFIRMED if sure else 0.0)
+    return max(least_s, limit_s - NOTICED_S)
 
 
 def _place(beacon: Beacon) -> Place:

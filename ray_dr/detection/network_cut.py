@@ -109,7 +109,7 @@ class NetworkCut:
         if not broken:
             return
         since = min(broken.values()) - DEAF_S
-        islands = sorted(self._islands(broken, at), key=len, reverse=True)
+        islands = sorted(self._islands(at), key=len, reverse=True)
         largest = [island for island in islands if len(island) == len(islands[0])]
         if len(islands) > len(largest) == 1:
             for island in islands[1:]:
@@ -121,12 +121,14 @@ class NetworkCut:
             for pair in {frozenset(pair) for pair in broken}:
                 yield pair, (since, f"{_list(pair)}: do not reach each other, though others reach both")
 
-    def _islands(self, broken: Mapping[Pair, float], at: float) -> list[frozenset[str]]:
-        """The nodes that have a say, put together along the lines that are not broken in either direction."""
+    def _islands(self, at: float) -> list[frozenset[str]]:
+        """The nodes that have a say, put together along the lines that answered lately: what breaks at once is not seen to
+        break at once."""
         island = {node: {node} for node in self._lines if self._fresh(node, at)}
         for one, answers in self._lines.items():
-            for other in answers:
-                whole = (one, other) not in broken and (other, one) not in broken
+            for other, answered_at in answers.items():
+                back_at = self._lines.get(other, {}).get(one, answered_at)
+                whole = at - min(answered_at, back_at) <= DEAF_S
                 if whole and one in island and other in island and island[one] is not island[other]:
                     island[one] |= island[other]
                     for node in island[other]:

@@ -50,6 +50,7 @@ class World:
     cut_from_head: set[str] = field(default_factory=set)
     cut_from_peers: set[str] = field(default_factory=set)
     stuck: dict[int, WorkerPhase] = field(default_factory=dict)
+    stopped: set[int] = field(default_factory=set)
     slow: dict[int, float] = field(default_factory=dict)
     not_finite: set[int] = field(default_factory=set)
     wrong: set[int] = field(default_factory=set)
@@ -169,8 +170,9 @@ class World:
     def _beacon(self, rank: int, offset: float) -> Beacon:
         line = self._lines[rank] or [(self.at, WorkerPhase.SETUP, 0)]
         since, phase, collective = next((entry for entry in reversed(line) if entry[0] <= self.at), line[0])
-        stopped = self.stuck.get(rank) is WorkerPhase.COLLECTIVE
-        return Beacon(self.worker(rank), rank, self.attempt, self.step, phase, collective, since + offset, stopped)
+        return Beacon(
+            self.worker(rank), rank, self.attempt, self.step, phase, collective, since + offset, rank in self.stopped
+        )
 
     def _peers(self, name: str) -> Iterator[Peer]:
         """Each node asks the next two."""
