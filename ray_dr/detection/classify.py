@@ -206,7 +206,7 @@ def shown(diagnosis: Diagnosis) -> str:
     """A diagnosis in a few lines, for the journal and for `ray-dr why`."""
     fault = diagnosis.fault
     who = ", ".join(map(str, diagnosis.subjects[:8]))
-    charged = f"counts as {fault.budget}" if fault.charged else "not counted as a failure"
+    charged = f"counts as a failure {fault.budget}" if fault.charged else "not counted as a failure"
     lines = [f"{diagnosis.kind} of {who}: {diagnosis.reason}", f"  {charged}; first: {fault.remedy}"]
     lines += [f"  set aside: {aside.finding.evidence}: {aside.reason}" for aside in diagnosis.aside]
     lines += [f"  besides: {other.evidence}" for other in diagnosis.besides]

@@ -89,7 +89,7 @@ class Hang:
                 self._beacons, self._heard_at = {}, {}
             case Report(beacons=beacons) if beacons and self._formed is not None:
                 for beacon in beacons:
-                    if beacon.attempt == self._formed.attempt:
+                    if beacon.attempt == self._formed.attempt and beacon.rank < len(self._formed.members):
                         self._heard(beacon, sample.clock - beacon.since, sample.at)
             case WholeStep(ranks=ranks) if 0 <= self._began < sample.step - 1:
                 self._steps.append(max(done.took_s for done in ranks))
@@ -113,15 +113,13 @@ class Hang:
             return
         last = min(_place(beacon) for beacon, _ in self._beacons.values())
         behind = {rank: pair for rank, pair in self._beacons.items() if _place(pair[0]) == last}
-        finding = self._judge(behind, at)
-        told = self._told
-        if finding is None and told is not None:
-            self._told = None
-            evidence = f"{_names(told)}: moved on"
+        told, self._told = self._told, self._judge(behind, at)
+        if told is not None and (self._told is None or self._told.subjects != told.subjects):
+            evidence = f"{', '.join(map(str, told.subjects[:8]))}: moved on"
             yield Finding(self.name, told.kind, told.subjects, at, told.since, evidence, stage="withdrawn", step=told.step)
-        elif finding is not None and (told is None or (told.subjects, told.stage) != (finding.subjects, finding.stage)):
-            self._told = finding
-            yield finding
+            told = None
+        if self._told is not None and (told is None or self._told.stage != told.stage):
+            yield self._told
 
     def _judge(self, behind: dict[int, tuple[Beacon, float]], at: float) -> Finding | None:
         late = {
@@ -185,6 +183,3 @@ def _learned(times: deque[float] | tuple[()], least_s: float, *, sure: bool) -> 
 def _place(beacon: Beacon) -> Place:
     return beacon.step, beacon.collective, beacon.phase is not WorkerPhase.COLLECTIVE
 
-
-def _names(finding: Finding) -> str:
-    return ", ".join(str(subject) for subject in finding.subjects[:8])

@@ -22,20 +22,21 @@ class NodeGone:
     name: ClassVar[str] = "node_gone"
     hears: ClassVar[tuple[type, ...]] = (Report, Closed, RayWord, Released)
 
-    _living: set[str] = field(default_factory=set)
+    _living: dict[str, bool] = field(default_factory=dict)
+    """Of every node that was ever heard of: whether its end would be news."""
 
     def observe(self, sample: Sample) -> Iterator[Finding]:
         """One finding for each node that goes unasked."""
         match sample:
             case Report():
-                self._living.add(sample.node)
+                self._living[sample.node] = True
             case Released():
-                self._living.discard(sample.name)
-            case Closed() if sample.node in self._living:
+                self._living[sample.name] = False
+            case Closed() if self._living.get(sample.node, True):
                 yield self._finding(sample.node, sample.at, "its agent's connection closed")
-            case RayWord(alive=False) if sample.node in self._living:
+            case RayWord(alive=False) if self._living.get(sample.node, False):
                 yield self._finding(sample.node, sample.at, "Ray says that it is dead")
 
     def _finding(self, node: str, at: float, how: str) -> Finding:
-        self._living.discard(node)
+        self._living[node] = False
         return Finding(self.name, FaultKind.NODE_GONE, (Subject(node),), at, at, f"node {node} is gone: {how}")

@@ -13,7 +13,7 @@ from ray_dr.model.signal import Closed, FaultKind, Finding, Released, Report, Sa
 WINDOW_S = 60.0
 USUAL = 0.1
 """The share of tries that may fail in a store's ordinary life: throttling asks for patience, and gets it."""
-CHANCE = 1e-9
+CHANCE = 2e-9
 HANGING_LEAST_S, HANGING = 30.0, 3.0
 """A request is hanging when it is older than this, and than so many times the longest one before."""
 REMEMBERED = 32
@@ -57,8 +57,8 @@ class Storage:
     tries of the last one to two minutes failed than a tenth explains; a request when it hangs.
 
     Delay: a report; nine tries where all fail; 30 s for one that hangs.
-    False alarms: the chance that an ordinary store fails so often is below 1e-9 per look (Chernoff's bound on the
-    binomial law: exp(-n KL(failed/n, 1/10))): at one look per report one in 8 years per node and place. A request
+    False alarms: the chance that an ordinary store fails so often is below 2e-9 per look (Chernoff's bound on the
+    binomial law: exp(-n KL(failed/n, 1/10))): at one look per report one in 4 years per node and place. A request
     that takes 30 s and three times the longest of the last 32 is a finding, and withdrawn when it ends.
     """
 

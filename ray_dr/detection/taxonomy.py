@@ -23,9 +23,9 @@ class Budget(StrEnum):
     """Which allowance a failure takes from."""
 
     FREE = "free"
-    INFRASTRUCTURE = "infrastructure"
-    PROGRAM = "program"
-    UNKNOWN = "unknown"
+    INFRASTRUCTURE = "of the infrastructure"
+    PROGRAM = "of the program"
+    UNKNOWN = "of unknown cause"
 
 
 @dataclass(frozen=True, slots=True)
