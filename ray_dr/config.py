@@ -46,7 +46,7 @@ JOB_KEYS = (
     "job", "store", "workers", "checkpoint", "recovery", "deterministic", "seed", "overhead", "rpo", "settings", "backend",
 )  # fmt: skip
 WORKER_KEYS = ("nodes", "min_nodes_to_run", "per_node", "gpus_per_node", "cpus_per_worker")
-RECOVERY_KEYS = ("unwind", "start", "settle", "silent", "attempts_without_progress")
+RECOVERY_KEYS = ("unwind", "start", "settle", "silent", "hang", "attempts_without_progress")
 STORE_TIER_KEYS = ("kind", "url", "path", "every", "keep", "share_with")
 KEEP_KEYS = ("last", "hourly", "daily", "weekly", "within")
 TIER_KINDS = ("memory", "file", "disk", "s3", "store")
@@ -202,6 +202,7 @@ def _recovery(setting: Setting) -> Recovery:
             keys, "attempts_without_progress", lambda value: value.whole(1, 1000), standard.attempts_without_progress
         ),
         silent_s=_one(keys, "silent", lambda value: value.duration_s(least=0.1), standard.silent_s),
+        hang_s=_one(keys, "hang", lambda value: value.duration_s(least=0.0), standard.hang_s),
     )
 
 

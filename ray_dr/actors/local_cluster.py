@@ -20,6 +20,7 @@ import functools
 import os
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -234,6 +235,12 @@ class LocalCluster:
         held = local_processes.shared_memory(doomed)
         local_processes.kill(doomed)
         local_processes.unlink(held - local_processes.shared_memory(self._members().values()))
+
+    def freeze_node(self, node_id: str) -> None:
+        """SIGSTOP to all processes of a node: its connections stay, and nothing answers. `kill_node` ends it all the same."""
+        members = self._members()
+        stopped = [members[pid] for pid in self._node(node_id).pids if pid in members]
+        local_processes.kill(stopped, with_signal=signal.SIGSTOP)
 
     def _node(self, node_id: str) -> LocalNode:
         for node in self.nodes():

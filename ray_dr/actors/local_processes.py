@@ -115,15 +115,15 @@ def descendants(processes: Mapping[int, Process], roots: Collection[int]) -> set
     return found
 
 
-def kill(processes: Iterable[Process]) -> None:
-    """SIGKILL to each, one right after the other; those already gone are skipped."""
+def kill(processes: Iterable[Process], *, with_signal: int = signal.SIGKILL) -> None:
+    """SIGKILL, or another signal, to each, one right after the other; those already gone are skipped."""
     for process in processes:
         with contextlib.suppress(ProcessLookupError):
             descriptor = os.pidfd_open(process.pid)
             try:
                 now = _read_process(process.pid)
                 if now is not None and now.started == process.started:
-                    signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+                    signal.pidfd_send_signal(descriptor, with_signal)
             finally:
                 os.close(descriptor)
 

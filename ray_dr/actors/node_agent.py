@@ -26,6 +26,7 @@ from typing import Any
 import ray
 from blake3 import blake3
 
+from ray_dr.actors.beacons import Beacons
 from ray_dr.checkpoint.described import describe, parse
 from ray_dr.checkpoint.healing import Healer
 from ray_dr.checkpoint.local_disk import LocalDisk
@@ -124,7 +125,7 @@ class Agent:
     ) -> None:
         """disk: URL of the node's own directory and the job's name there; without such a tier empty."""
         self.node = node
-        self.throttle, self.uploads = Throttle(), Uploads()
+        self.throttle, self.uploads, self.beacons = Throttle(), Uploads(), Beacons()
         self.outbox = Outbox(self._live)
         store = open_store(store_url)
         places: dict[Where, Callable[[], Store]] = {Where.STORE: lambda: store}
@@ -166,8 +167,8 @@ class Agent:
         self.outbox.put(message, urgent=ref is not None)  # a commit waits for it
 
     def _live(self) -> Callable[[], list[Header]]:
-        news = self.uploads.listener()
-        return lambda: [{"upload": codec.to_json(upload)} for upload in news()]
+        news, beat = self.uploads.listener(), self.beacons.listener()
+        return lambda: [*beat(), *({"upload": codec.to_json(upload)} for upload in news())]
 
     def _note(self, name: str, fields: dict[str, Any]) -> None:
         self._report(Noted(time.time(), name, {"node": self.node, **fields}), None)
@@ -183,6 +184,7 @@ class Agent:
     def _serve(self, connection: Connection) -> None:
         header, size = connection.receive()
         if header["op"] == "worker":
+            self.beacons.add(header["worker"], header["beacon"], header["pid"])
             self._serve_worker(connection, header["worker"])
         elif header["op"] == "watch":
             if "overhead" in header:
@@ -201,6 +203,7 @@ class Agent:
                 self._from_worker(connection, worker, header)
         finally:
             self._links.pop(worker, None)
+            self.beacons.drop(worker)
             self.vault.forget_worker(worker)
             if not self._closing:
                 self.outbox.put({"lost": worker}, urgent=True)

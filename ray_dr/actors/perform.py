@@ -257,6 +257,12 @@ class Performer:
                       overhead=self._job.overhead, rpo_s=self._job.rpo_s, lost=self._node_lost)  # fmt: skip
         self._agents[node] = AgentRef(node, handle, said["address"], watch, domain_of(said["labels"]))
 
+    def lose_node(self, node: str, how: str) -> None:
+        """A node is taken for lost although its connection stands."""
+        if (agent := self._agents.get(node)) is not None:
+            agent.watch.close()
+            self._node_lost(node, how)
+
     def _node_lost(self, node: str, how: str) -> None:
         agent = self._agents.pop(node, None)
         self._host.lost(node, how)

@@ -25,6 +25,7 @@ from ray_dr.actors import cluster
 from ray_dr.actors.forming import disk_place
 from ray_dr.actors.perform import Performer
 from ray_dr.actors.progress import Progress
+from ray_dr.actors.sensing import Senses
 from ray_dr.actors.tuning import Tuning
 from ray_dr.actors.watch import Message
 from ray_dr.checkpoint.depot import Depot
@@ -53,8 +54,10 @@ from ray_dr.model.recovery import (
     Finished,
     FirstStep,
     Group,
+    KillWorker,
     NodeLost,
     Opened,
+    ReleaseNode,
     Saved,
     StopRequested,
     Tick,
@@ -122,6 +125,7 @@ class Host:
         self.journal = Journal(self.store, job.name, self.term, clock=time.time)
         self.perform = Performer(self, train, token)
         self._tuning = Tuning(self)
+        self._senses = Senses(self)
         self._live = Live(self.store, job.name, self.term, clock=time.time)
         self._doubt(first)
         if job.second is not None:
@@ -136,6 +140,11 @@ class Host:
         """Every checkpoint in every store, oldest first, as far as this supervisor knows."""
         found = [manifest for depot in tuple(self.depots.values()) for manifest in depot.stored]
         return tuple(sorted(found, key=lambda manifest: manifest.version))
+
+    @property
+    def group(self) -> Group | None:
+        """The workers at work."""
+        return group_of(self.state)
 
     def post(self, event: Event) -> None:
         """Enqueue an event; from any thread."""
@@ -196,15 +205,20 @@ class Host:
             case Committed():
                 self._version_committed(item)
             case _:
-                self._decide(item)
+                self.decide(item)
+        self._senses.look()
         if time.monotonic() - self._paced_at > PACE_S:
             self._paced_at = time.monotonic()
-            self._decide(Tick(time.time()))
+            self.decide(Tick(time.time()))
             self._housekeep()
 
-    def _decide(self, event: Event) -> None:
+    def decide(self, event: Event) -> None:
+        """An event for the machine, from the loop's own thread."""
         if isinstance(event, NodeLost):
             self.complete = self.complete.without(event.node)
+            self._senses.closed(event.node)
+        elif isinstance(event, WorkerRaised):
+            self._senses.raised(event)
         decision = step(self.state, event, self.policy)
         if decision.state is self.state and not decision.actions and isinstance(event, Tick):
             return
@@ -214,11 +228,17 @@ class Host:
         self._tuning.heard(record)
         if decision.actions:
             self.journal.flush(FLUSH_S)
+        if group_of(self.state) is not None and group_of(decision.state) is None:
+            self._senses.broken(decision.state.attempt)
         self.state = decision.state
         self.perform.know(decision.state)
         for action in decision.actions:
             if isinstance(action, CloseJob):
                 self.outcome = self.state.phase if isinstance(self.state.phase, Finished | Failed) else None
+            elif isinstance(action, KillWorker):
+                self._senses.released(action.worker)
+            elif isinstance(action, ReleaseNode):
+                self._senses.released(action.node, node=True)
             self.perform.perform(action)
 
     def _housekeep(self) -> None:
@@ -277,12 +297,13 @@ class Host:
         attempt = max([attempt, *(manifest.version.attempt for manifest in self.stored)])
         self._tuning.recall()
         found = self.perform.find_living()
-        self._decide(Opened(time.time(), self.term, max([attempt, *(w.attempt for w in found.workers)])))
+        self.decide(Opened(time.time(), self.term, max([attempt, *(w.attempt for w in found.workers)])))
         for event in found.events:
-            self._decide(event)
+            self.decide(event)
         if found.group is not None:
             self.progress.begin(found.group.attempt, len(found.group.members), found.step)
-            self._decide(Adopted(time.time(), found.group, found.step))
+            self._senses.formed(found.group)
+            self.decide(Adopted(time.time(), found.group, found.step))
         self.perform.discover()
 
     def _close(self) -> None:
@@ -294,6 +315,7 @@ class Host:
     def begin(self, group: Group) -> None:
         """A group forms: what is measured begins anew."""
         self.progress.begin(group.attempt, len(group.members), group.restore.step if group.restore else 0)
+        self._senses.formed(group)
         self.pace.restart()
         self.complete = self.complete.begin(group.restore)
         self._live.begin()
@@ -306,18 +328,20 @@ class Host:
                 self._record(codec.from_json(Record, message["record"]), message.get("ref"))
             elif "witness" in message:
                 self._stepped(Stepped(time.time(), codec.from_json(StepRecord, message["witness"])))
+            elif "beat" in message:
+                self._senses.beat(report.node, message)
             elif "upload" in message:
                 self._live.heard(codec.from_json(Upload, message["upload"]))
             elif "event" in message:
                 event: Event = codec.from_json(Event, message["event"])
                 if isinstance(event, WorkerRaised) and event.unreadable:
                     self._unreadable(event)
-                self._decide(event)
+                self.decide(event)
             elif "skipped" in message:
                 self._skipped(codec.from_json(VersionId, message["skipped"]))
             elif "lost" in message:
                 node = self.perform.node_of(message["lost"]) or report.node
-                self._decide(
+                self.decide(
                     WorkerLost(time.time(), message["lost"], node, "its connection closed", self.progress.step)
                 )
         self._acks[report.node] = report.last
@@ -350,11 +374,12 @@ class Host:
         self.journal.append(stepped)
         if record.attempt != self.progress.attempt:
             return
+        self._senses.stepped(record)
         if record.rank == 0:
             self.pace.stepped(record, stepped.at)
         first = self.progress.began + 1
         if record.step == first and self.progress.step >= first:
-            self._decide(FirstStep(stepped.at, record.attempt, first))
+            self.decide(FirstStep(stepped.at, record.attempt, first))
 
     def _part_saved(self, record: PartSaved, ref: PartRef | None) -> None:
         if record.rank == 0:
@@ -422,7 +447,7 @@ class Host:
         self.depots[where].committed(manifest)
         self.journal.append(VersionSaved(time.time(), version, where, self.sizes.get(version, 0)))
         if self.perform.final == version and all(depot.refs(version) for depot in self.depots.values()):
-            self._decide(Saved(time.time(), version.attempt, version.step))
+            self.decide(Saved(time.time(), version.attempt, version.step))
 
 
 class Supervisor:

@@ -76,17 +76,18 @@ def available_bytes() -> int:
     return found
 
 
-def attach(path: str, size: int, *, populate: bool = True) -> memoryview:
+def attach(path: str, size: int, *, populate: bool = True, name: str = MEMFD_NAME) -> memoryview:
     """The first `size` bytes of another process's pool, writable; unmapped when the last slice of the view is gone.
 
     populate    map every page now, by one thread; else whoever comes to a page first does, which is quicker when all of
                 it is read once by several threads
+    name        that its memory has
     Raises OSError when the pool's process is gone, or when the path is not a pool of at least that size.
     """
     fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     try:
         # A pid or a descriptor may have been used again for something else.
-        if f"/memfd:{MEMFD_NAME}" not in os.readlink(f"/proc/self/fd/{fd}") or os.fstat(fd).st_size < size:
+        if f"/memfd:{name}" not in os.readlink(f"/proc/self/fd/{fd}") or os.fstat(fd).st_size < size:
             raise OSError(f"{path} is not a shared-memory pool of {size} bytes")
         return memoryview(mmap.mmap(fd, size, mmap.MAP_SHARED | (mmap.MAP_POPULATE if populate else 0)))
     finally:

@@ -24,6 +24,8 @@ class FailureKind(StrEnum):
     """A collective failed and nobody is known to have died."""
     USER_ERROR = "user_error"
     START_TIMEOUT = "start_timeout"
+    HANG = "hang"
+    """A worker lives and does not get on, and the others wait for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,6 +278,17 @@ class WorkerLost:
 
 
 @dataclass(frozen=True, slots=True)
+class Hung:
+    """Detection is sure that the group waits for these members of it, in vain; all of them: for nobody. `how`: in words."""
+
+    at: float
+    attempt: int
+    workers: tuple[str, ...]
+    how: str
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerRaised:
     """`train` left by an exception. `collateral`: a collective failed because of somebody else.
 
@@ -390,7 +403,7 @@ class Tick:
 
 
 Event = (
-    Opened | NodeJoined | NodeLost | WorkerReady | WorkerLost | WorkerRaised | WorkerStopped | WorkerReturned
+    Opened | NodeJoined | NodeLost | WorkerReady | WorkerLost | Hung | WorkerRaised | WorkerStopped | WorkerReturned
     | FirstStep | InventoryTaken | Saved | StopRequested | FencedOff | ActionFailed | Adopted | Tick
 )  # fmt: skip
 

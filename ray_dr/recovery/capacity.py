@@ -14,6 +14,7 @@ from ray_dr.model.recovery import (
     Failed,
     FailureKind,
     Finishing,
+    Hung,
     Incident,
     KillWorker,
     Node,
@@ -94,6 +95,21 @@ def worker_lost(state: State, event: WorkerLost, policy: Policy) -> Decision:
     after = put(state, replace(end_worker(node, event.worker), failed_starts=0))
     loss = incidents.next_incident(after, FailureKind.WORKER_LOST, event.worker, event.at, event.step, event.how)
     return _after_loss(after, loss, (event.worker,), policy)
+
+
+def hung(state: State, event: Hung, policy: Policy) -> Decision:
+    """Members that do not get on: their processes end, and others are started in their place."""
+    group = group_of(state)
+    if not isinstance(state.phase, Starting | Running | Resizing) or group is None or group.attempt != event.attempt:
+        return ignored(state, f"attempt {event.attempt} does not run")
+    workers = tuple(worker for worker in group.members if worker in event.workers)
+    if len(workers) == len(group.members):
+        return incidents.group_broken(state, group, event.at, event.how, policy)
+    if not workers:
+        return ignored(state, f"nobody waits for {', '.join(event.workers)}")
+    loss = incidents.next_incident(state, FailureKind.HANG, workers[0], event.at, event.step, event.how)
+    decision = incidents.begin(write_off(state, workers), group, loss, policy)
+    return replace(decision, actions=(*(KillWorker(worker) for worker in workers), *decision.actions))
 
 
 def start_failed(state: State, event: ActionFailed, policy: Policy) -> Decision:

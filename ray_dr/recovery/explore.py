@@ -20,6 +20,7 @@ from ray_dr.model.recovery import (
     Finished,
     Finishing,
     FirstStep,
+    Hung,
     InventoryTaken,
     NodeJoined,
     NodeLost,
@@ -152,6 +153,8 @@ def _of_workers(state: State, at: float) -> Iterator[Event]:
     broken = isinstance(state.phase, Recovering)
     members = state.phase.unwinding if isinstance(state.phase, Recovering) else group.members if group else ()
     attempt, now = state.attempt, state.step
+    for hung in (members[:1], members[1:], members):
+        yield Hung(at, attempt, hung, "in step for 9 s", now)
     for worker in members:
         yield WorkerRaised(at, worker, attempt, "collective failed", True, now)
         yield WorkerRaised(at, worker, attempt, "ValueError: bad", False, now)

@@ -39,6 +39,7 @@ from ray_dr.model.recovery import (
     Finished,
     Finishing,
     FirstStep,
+    Hung,
     InventoryTaken,
     KillWorker,
     NodeJoined,
@@ -95,6 +96,8 @@ def _learn(state: State, event: Event, policy: Policy) -> Decision:
             return capacity.worker_ready(state, event, policy)
         case WorkerLost():
             return capacity.worker_lost(state, event, policy)
+        case Hung():
+            return capacity.hung(state, event, policy)
         case WorkerRaised():
             return leaving.raised(state, event, policy)
         case WorkerStopped():

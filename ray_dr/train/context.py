@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from ray_dr.model.attempt import Assignment, Cadence
 from ray_dr.model.checkpoint import RECORD_WINDOW, Part, StepRecord, VersionId
 from ray_dr.model.data import Order, Slice
 from ray_dr.model.journal import DataOpened, Marked, Where
+from ray_dr.model.signal import WorkerPhase
 from ray_dr.stores.base import Store
 from ray_dr.train import data as elastic
 from ray_dr.train.collectives import Reducer, is_collective_error
@@ -181,7 +183,9 @@ class Context:
             while state.step < until:
                 self._check()
                 begun = time.monotonic()
+                self._link.beacon.enter(WorkerPhase.LOAD, state.step)
                 slices, indices, batch = self._batch(state)
+                self._link.beacon.enter(WorkerPhase.COMPUTE)
                 yield batch
                 took_s = time.monotonic() - begun - self._fence.take_held_up()
                 self._finish(state, slices, indices, took_s, last=state.step + 1 >= until)
@@ -263,6 +267,10 @@ class Context:
     def _save(self, state: State, places: frozenset[Where], *, wait_s: float) -> None:
         """Save to memory, and so on to `places`. `wait_s`: wait so long for a free slot, and until all is copied; 0: without
         a free slot leave it be, and copy what can be copied later while training goes on."""
+        with self._link.beacon.within(WorkerPhase.SAVE):
+            self._save_now(state, places, wait_s)
+
+    def _save_now(self, state: State, places: frozenset[Where], wait_s: float) -> None:
         self._fence.settle()
         version = VersionId(self._a.attempt, state.step)
         if not wait_s and self._link.full():  # before the state is described for nothing
@@ -321,6 +329,11 @@ class Context:
         order = data.order
         return DataOpened(time.time(), self._a.attempt, order.length, data.global_batch, data.micro_batches or 0,
                           order.seed, order.shuffle)  # fmt: skip
+
+    def evaluating(self) -> contextlib.AbstractContextManager[None]:
+        """`with ctx.evaluating():` around what takes much longer than a step usually does, as an evaluation or an export:
+        its time then has a limit of its own, learned from the times before, after which it counts as hanging."""
+        return self._link.beacon.within(WorkerPhase.EVAL)
 
     def mark(self, name: str, took_s: float = 0.0) -> None:
         """Put a moment on the job's timeline."""

@@ -20,6 +20,7 @@ from ray_dr.model.checkpoint import Part, StepRecord, VersionId
 from ray_dr.model.journal import Record
 from ray_dr.model.recovery import Event
 from ray_dr.stores.wire import connect
+from ray_dr.train.beacon import Beacon
 from ray_dr.train.staging import pin
 
 
@@ -37,7 +38,8 @@ class Link:
         self._asks = 0
         self._taken: dict[int, str] = {}
         self._refused: ConfigError | None = None
-        self._connection.send({"op": "worker", "worker": worker, "pid": pid})
+        self.beacon = Beacon()
+        self._connection.send({"op": "worker", "worker": worker, "pid": pid, "beacon": self.beacon.path})
         threading.Thread(target=self._listen, name="link", daemon=True).start()
 
     def open_pool(self, size: int) -> None:
@@ -122,6 +124,8 @@ class Link:
         self._connection.send({"op": "event", "event": codec.to_json(event, tagged=True)})
 
     def close(self) -> None:
+        """The process is through with its agent."""
+        self.beacon.close()
         self._connection.close()
 
     def _listen(self) -> None:

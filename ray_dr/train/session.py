@@ -20,6 +20,7 @@ from ray_dr.model import codec
 from ray_dr.model.attempt import Assignment, Cadence
 from ray_dr.model.journal import Marked, Noted
 from ray_dr.model.recovery import WorkerRaised, WorkerReturned, WorkerStopped
+from ray_dr.model.signal import WorkerPhase
 from ray_dr.stores.open import open_store
 from ray_dr.train import collectives
 from ray_dr.train.context import Context, Control, StopAttempt
@@ -108,6 +109,7 @@ class Session:
         outcome: WorkerReturned | WorkerStopped | WorkerRaised
         try:
             self._link.reset()
+            self._link.beacon.begin(a.attempt, a.rank)
             self._attempt(a, control)
             outcome = WorkerReturned(time.time(), a.worker, a.attempt, control.step)
         except StopAttempt:
@@ -115,6 +117,7 @@ class Session:
         except BaseException as error:
             outcome = self._raised(a, control, error)
             traceback.clear_frames(error.__traceback__)
+        self._link.beacon.enter(WorkerPhase.DONE)
         with contextlib.suppress(RuntimeError):  # a broken group may complain: the outcome is told all the same
             collectives.leave()
         gc.collect()

@@ -37,7 +37,7 @@ def model() -> nn.Module:
 
 
 def loop(ctx: Context, wrapped: nn.Module, parameters: Any) -> None:
-    """`settings`: steps, pace (seconds per step), gate (see `jobs.held`), batch, micro (0: one pass per rank)."""
+    """`settings`: steps, pace (seconds per step), gate (see `jobs.held`), batch, micro (0: one pass per rank), hang."""
     optimizer = torch.optim.AdamW(parameters, lr=1e-2)
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, 20, 0.9)
     micro = int(ctx.settings.get("micro", 6)) or None
@@ -45,6 +45,7 @@ def loop(ctx: Context, wrapped: nn.Module, parameters: Any) -> None:
     state = ctx.restore(model=wrapped, optimizer=optimizer, schedule=schedule, data=data)
     for batch in ctx.steps(state, until=int(ctx.settings["steps"])):
         began = time.monotonic()
+        hang_once(ctx, state.step)
         for part in ctx.micro_batches(batch):
             loss = (wrapped(part) - part.flip(-1)).square().mean()
             loss.backward()
@@ -53,6 +54,14 @@ def loop(ctx: Context, wrapped: nn.Module, parameters: Any) -> None:
         optimizer.zero_grad()
         ctx.log(loss=loss.detach())
         time.sleep(max(0.0, pause(ctx.settings, state.step) - (time.monotonic() - began)))
+
+
+def hang_once(ctx: Context, step: int) -> None:
+    """`hang` is the path of a marker: the last rank that finds it at step 40 takes it away and never comes back."""
+    marker = Path(str(ctx.settings.get("hang", "")))
+    if step == 40 and ctx.world.rank == ctx.world.size - 1 and marker.is_file():
+        marker.unlink()
+        time.sleep(3600)
 
 
 def pause(settings: Mapping[str, Any], step: int) -> float:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -14,7 +19,9 @@ from ray_dr.actors.node_agent import Agent, Outbox
 from ray_dr.checkpoint.described import describe, parse
 from ray_dr.checkpoint.memory import available_bytes
 from ray_dr.errors import ConfigError, NotFound, StoreError, StoreUnavailable
+from ray_dr.model import beacon, codec
 from ray_dr.model.checkpoint import Box, Part, Shard, StepRecord, VersionId
+from ray_dr.model.signal import Beacon, WorkerPhase
 from ray_dr.stores.peer import PeerReader
 from ray_dr.stores.wire import Connection, connect
 from ray_dr.train.link import Link
@@ -74,7 +81,7 @@ def test_a_long_backlog_comes_in_several_reports(agent: Agent, monkeypatch: pyte
         agent.outbox.put({"n": number})
     watcher = watch(agent)
     report, _ = watcher.receive()
-    assert len(report["messages"]) == 10
+    assert len([message for message in report["messages"] if "n" in message]) == 10
     assert numbers(watcher, 25) == list(range(10, 35))
     watcher.close()
 
@@ -89,8 +96,61 @@ def test_an_outbox_nobody_reads_drops_its_oldest(monkeypatch: pytest.MonkeyPatch
 
 def test_a_silent_agent_still_reports_that_it_lives(agent: Agent) -> None:
     watcher = watch(agent)
-    assert [watcher.receive()[0]["messages"] for _ in range(2)] == [[], []]
+    beats = [message["beat"] for _ in range(3) for message in watcher.receive()[0]["messages"]]
+    assert beats == sorted(set(beats))
+    assert len(beats) >= 2
     watcher.close()
+
+
+def beacons(connection: Connection) -> tuple[Beacon, ...]:
+    """What the next report with a sign of life says of the workers."""
+    while True:
+        for message in connection.receive()[0]["messages"]:
+            if "beat" in message:
+                return codec.from_json(tuple[Beacon, ...], message["beacons"])
+
+
+def test_an_agent_tells_where_its_workers_are_without_their_help(agent: Agent) -> None:
+    watcher, link = watch(agent), Link(agent.address, TOKEN, "w0", os.getpid())
+    link.beacon.begin(3, 1)
+    link.beacon.enter(WorkerPhase.COMPUTE, 7)
+    while not (found := beacons(watcher)) or found[0].phase is not WorkerPhase.COMPUTE:
+        pass
+    assert (found[0].worker, found[0].attempt, found[0].rank, found[0].step) == ("w0", 3, 1, 7)
+    assert found[0].since <= time.monotonic()
+    with link.beacon.within(WorkerPhase.EVAL):
+        while beacons(watcher)[0].phase is not WorkerPhase.EVAL:
+            pass
+    while beacons(watcher)[0].phase is not WorkerPhase.COMPUTE:
+        pass
+    link.close()
+    while beacons(watcher):
+        pass
+    watcher.close()
+
+
+def test_a_stopped_worker_is_told_of(agent: Agent) -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        watcher, link = watch(agent), Link(agent.address, TOKEN, "w0", process.pid)
+        link.beacon.enter(WorkerPhase.COMPUTE, 7)
+        while not (found := beacons(watcher)) or found[0].stopped:
+            pass
+        process.send_signal(signal.SIGSTOP)
+        while not beacons(watcher)[0].stopped:
+            pass
+        process.send_signal(signal.SIGCONT)
+        process.communicate(b"\n")
+    link.close()
+    watcher.close()
+
+
+def test_a_beacon_that_is_being_written_is_not_read() -> None:
+    view = memoryview(bytearray(beacon.SIZE))
+    assert beacon.read(view, "w0") is None
+    beacon.pack_into(view, 2, 1, 0, 5, 1, 9, 2_500_000_000)
+    assert beacon.read(view, "w0") == Beacon("w0", 0, 1, 5, beacon.PHASES[1], 9, 2.5)
+    view[0] ^= 1  # half written
+    assert beacon.read(view, "w0") is None
 
 
 def stage(link: Link, step: int, data: bytes) -> VersionId:

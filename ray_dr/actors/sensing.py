@@ -1,0 +1,127 @@
+"""The supervisor's senses: what agents, workers and connections say becomes samples for the detectors, and what they find
+becomes records of the journal and events of the machine.
+
+Detectors know nodes by the short names that are in the workers' names; the machine and Ray by their ids.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import TYPE_CHECKING, Any
+
+from ray_dr.detection.detectors import Detection
+from ray_dr.model import codec
+from ray_dr.model.checkpoint import StepRecord
+from ray_dr.model.recovery import Group, Hung, WorkerRaised
+from ray_dr.model.signal import (
+    Beacon,
+    Closed,
+    FaultKind,
+    Finding,
+    Formed,
+    Member,
+    Now,
+    Raised,
+    Released,
+    Report,
+    Sample,
+    StepDone,
+)
+
+if TYPE_CHECKING:
+    from ray_dr.actors.supervisor import Host
+
+NOW_S = 0.1
+
+
+def short(node: str) -> str:
+    """A node as its workers' names begin with it."""
+    return f"{node[:8]}{node[-5:]}"
+
+
+class Senses:
+    """Belongs to the host's one thread."""
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+        self._detection = Detection()
+        self._nodes: dict[str, str] = {}
+        self._said_at = 0.0
+        self._hung: Finding | None = None
+
+    def beat(self, node: str, message: dict[str, Any]) -> None:
+        """A sign of life of a node's agent, with its workers' beacons."""
+        name = self._name(node)
+        beacons = codec.from_json(tuple[Beacon, ...], message["beacons"])
+        self._take(Report(time.monotonic(), name, message["beat"], beacons))
+
+    def stepped(self, record: StepRecord) -> None:
+        """A rank has done a step."""
+        loss, grad_norm = record.logs.get("loss"), record.logs.get("grad_norm")
+        finite = all(math.isfinite(value) for value in (loss, grad_norm) if value is not None)
+        self._take(StepDone(time.monotonic(), record.rank, record.attempt, record.step, record.took_s, loss=loss,
+                            grad_norm=grad_norm, finite=finite))  # fmt: skip
+
+    def raised(self, event: WorkerRaised) -> None:
+        """`train` left by an exception on a rank."""
+        self._take(Raised(time.monotonic(), event.worker, event.attempt, event.step, event.error, event.collateral))
+
+    def closed(self, node: str) -> None:
+        """The connection to a node's agent is gone."""
+        self._take(Closed(time.monotonic(), self._name(node)))
+
+    def released(self, name: str, *, node: bool = False) -> None:
+        """The host ends a worker, or gives a node back: its end is no news."""
+        self._take(Released(time.monotonic(), self._name(name) if node else name))
+
+    def formed(self, group: Group) -> None:
+        """An attempt begins."""
+        members = tuple(Member(rank, worker) for rank, worker in enumerate(group.members))
+        self._hung = None
+        self._take(Formed(time.monotonic(), group.attempt, members))
+
+    def broken(self, attempt: int) -> None:
+        """The group is no more."""
+        self._hung = None
+        self._take(Formed(time.monotonic(), attempt, ()))
+
+    def look(self) -> None:
+        """Time passes; to be called at least every tenth of a second."""
+        now = time.monotonic()
+        if now - self._said_at >= NOW_S:
+            self._said_at = now
+            self._take(Now(now))
+            self._end_hang(now)
+
+    def _name(self, node: str) -> str:
+        name = short(node)
+        self._nodes[name] = node
+        return name
+
+    def _take(self, sample: Sample) -> None:
+        for finding in self._detection.observe(sample):
+            fields = {key: value for key, value in codec.to_json(finding).items() if key not in ("at", "since")}
+            began = round(time.time() - (time.monotonic() - finding.since), 3)
+            self._host.note("finding", **fields, began=began)
+            self._act(finding)
+
+    def _act(self, finding: Finding) -> None:
+        match finding.kind:
+            case FaultKind.NODE_FROZEN if finding.stage == "confirmed" and not finding.shadow:
+                for subject in finding.subjects:
+                    self._host.perform.lose_node(self._nodes.get(subject.node, ""), finding.evidence)
+            case FaultKind.HANG:
+                self._hung = finding if finding.stage == "confirmed" and not finding.shadow else None
+            case _:
+                pass
+
+    def _end_hang(self, now: float) -> None:
+        """What hangs is given as long as the job's owner says, and then ended."""
+        hung = self._hung
+        if hung is None or now - hung.since < self._host.job.recovery.hang_s:
+            return
+        self._hung = None
+        workers = tuple(subject.worker for subject in hung.subjects)
+        if (group := self._host.group) is not None:
+            self._host.decide(Hung(time.time(), group.attempt, workers, hung.evidence, self._host.progress.step))
