@@ -127,8 +127,8 @@ BAD = [
         "2: recovery.silent: 0s is out of range (write a duration from 0.1s to 366d)",
     ),
     (
-        "job: x\nrecovery: {hung: restart}",
-        "2: recovery.hung: unknown key (known: unwind, start, settle, silent, hang, attempts_without_progress)",
+        "job: x\nrecovery: {slow: restart}",
+        "2: recovery.slow: unknown key (known: unwind, start, settle, silent, hang, attempts_without_progress)",
     ),
     (
         "job: x\nrecovery: {attempts_without_progress: 0}",
