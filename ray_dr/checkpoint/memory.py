@@ -15,6 +15,7 @@ import functools
 import mmap
 import os
 import sys
+import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -31,10 +32,11 @@ WORTH_A_THREAD_BYTES = 4 * 2**20
 
 
 class Pool:
-    """Shared memory of `size` bytes (> 0), zero at first. Made by `Pool.create`."""
+    """Shared memory of `size` bytes (> 0), zero at first. Made by `Pool.create` or `Pool.sparse`."""
 
     def __init__(self, fd: int, size: int) -> None:
         self.size = size
+        self._fd, self._lock = fd, threading.Lock()
         self.path = f"/proc/{os.getpid()}/fd/{fd}"
         self._closed = weakref.finalize(self, os.close, fd)
         self.view = memoryview(mmap.mmap(fd, size, mmap.MAP_SHARED))
@@ -42,23 +44,44 @@ class Pool:
     @classmethod
     def create(cls, size: int, *, threads: int = 2) -> Pool:
         """A pool with all its pages in place. Raises OSError when the memory cannot be had."""
+        # Reserving first turns a lack of memory into an error here instead of a SIGBUS in whoever writes.
+        pool = cls._make(size, lambda fd: os.posix_fallocate(fd, 0, size))
+        touch(pool.view, threads=threads)
+        return pool
+
+    @classmethod
+    def sparse(cls, size: int) -> Pool:
+        """A pool without pages: `reserve` a run of it before anybody writes there."""
+        return cls._make(size, lambda fd: os.ftruncate(fd, size))
+
+    @classmethod
+    def _make(cls, size: int, enlarge: Callable[[int], None]) -> Pool:
         fd = os.memfd_create(MEMFD_NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
-            # Reserving first turns a lack of memory into an error here instead of a SIGBUS in whoever writes.
-            os.posix_fallocate(fd, 0, size)
+            enlarge(fd)
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
         except BaseException:
             os.close(fd)
             raise
-        pool = cls(fd, size)
-        touch(pool.view, threads=threads)
-        return pool
+        return cls(fd, size)
+
+    def reserve(self, start: int, size: int) -> None:
+        """Get the memory for a run of a sparse pool. Raises OSError when it cannot be had, or when the pool is closed."""
+        with self._lock:  # a closed descriptor's number may be another file's
+            if not self._closed.alive:
+                raise OSError("the pool is closed")
+            fd = os.dup(self._fd)
+        try:
+            os.posix_fallocate(fd, start, size)
+        finally:
+            os.close(fd)
 
     def close(self) -> None:
         """Give the memory back: at once, or with the last slice of `view` or mapping elsewhere that is still in use."""
         owner = self.view.obj
         self.view.release()
-        self._closed()
+        with self._lock:
+            self._closed()
         if isinstance(owner, mmap.mmap):
             try:
                 owner.close()
@@ -76,20 +99,23 @@ def available_bytes() -> int:
     return found
 
 
-def attach(path: str, size: int, *, populate: bool = True, name: str = MEMFD_NAME) -> memoryview:
-    """The first `size` bytes of another process's pool, writable; unmapped when the last slice of the view is gone.
+def attach(
+    path: str, size: int, *, populate: bool = True, writable: bool = True, name: str = MEMFD_NAME
+) -> memoryview:
+    """The first `size` bytes of another process's pool; unmapped when the last slice of the view is gone.
 
     populate    map every page now, by one thread; else whoever comes to a page first does, which is quicker when all of
                 it is read once by several threads
     name        that its memory has
     Raises OSError when the pool's process is gone, or when the path is not a pool of at least that size.
     """
-    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    fd = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
     try:
         # A pid or a descriptor may have been used again for something else.
         if f"/memfd:{name}" not in os.readlink(f"/proc/self/fd/{fd}") or os.fstat(fd).st_size < size:
             raise OSError(f"{path} is not a shared-memory pool of {size} bytes")
-        return memoryview(mmap.mmap(fd, size, mmap.MAP_SHARED | (mmap.MAP_POPULATE if populate else 0)))
+        allowed = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+        return memoryview(mmap.mmap(fd, size, mmap.MAP_SHARED | (mmap.MAP_POPULATE if populate else 0), allowed))
     finally:
         os.close(fd)
 

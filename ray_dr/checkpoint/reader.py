@@ -3,7 +3,8 @@
 A chunk that lies in one run of one tensor is read straight into it, and so is one that lies in a few tensors, one behind
 the other, where its source can fill several places at once. Any other goes through a buffer that each thread reuses,
 and from there, once it is known to be good, to its places. What this node's agent has found good in shared
-memory since the restore was decided (`checkpoint.verified`) is copied from there to its places and not hashed again.
+memory, since the restore was decided (`checkpoint.verified`) or while it fetched it for several ranks
+(`checkpoint.shared_fetch`), is copied from there to its places and not hashed again.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import bisect
 import functools
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
 
@@ -33,9 +35,6 @@ THREADS: Mapping[Kind, int] = {"memory": 2, "peer": 4, "disk": 4, "store": 8, "s
 """Reading threads per kind of source."""
 GAP_BYTES = 4096
 """Bytes between two places that are read for nothing, rather than all of the chunk being copied once more."""
-
-TURN_CHUNKS = 16
-"""Readers in turn are about so many chunks apart: enough to be fetched at a time, few enough to be kept meanwhile."""
 
 
 class Source(Protocol):
@@ -58,6 +57,19 @@ class Scattering(Source, Protocol):
 
     def read_each(self, rank: int, start: int, into: Sequence[memoryview]) -> None:
         """Fill all of `into`, one after the other, from `start` of rank's stream. Raises as `read` does."""
+
+
+@runtime_checkable
+class Lending(Source, Protocol):
+    """A source that has some chunks read and verified by this node's agent, for all who want them."""
+
+    @property
+    def inner(self) -> Source:
+        """Gives every other chunk."""
+
+    def lend(self, rank: int, chunk: Chunk) -> AbstractContextManager[memoryview | None]:
+        """The chunk's bytes, hashed and found good where they lie, unchanged while the context lasts. None: this chunk is to
+        be read, and hashed, as of any source. Raises as `read` does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +148,6 @@ def read_state(
     on_corrupt: Callable[[CorruptChunk], None],
     on_unreadable: Callable[[Source, Exception], None] | None = None,
     on_bad: Callable[[Source, int, Chunk], None] | None = None,
-    turn: tuple[int, int] = (0, 1),
 ) -> dict[str, int]:
     """Fill the wanted boxes' bytes, and say how many bytes were read from each kind of source.
 
@@ -145,7 +156,6 @@ def read_state(
     threads        None: as many as the kinds of the nearest sources are worth
     on_corrupt     told of each bad copy; on_unreadable of each copy that could not be read; from a reading thread
     on_bad         told of each copy that is corrupt or missing: (source, rank of part, chunk); from a reading thread
-    turn           (n, of): the n-th, from 0, of so many readers that share what they fetch; they begin at different chunks
     Raises CheckpointError when a chunk has no good copy left: then some buffers are already overwritten. Also when the
     parts do not cover the wanted boxes: then nothing was read.
     """
@@ -154,8 +164,7 @@ def read_state(
             raise ValueError(f"{box.name}: a buffer of {view.nbytes} bytes for a box of {box.size}")
     reads = plan_restore(parts, wanted)
     buffers = {box: view.cast("B") for box, view in wanted.items() if view.nbytes}
-    in_order = [_Job(part.rank, chunk, pieces) for part in parts for chunk, pieces in reads_by_chunk(part, reads)]
-    jobs = deque(_in_turn(in_order, *turn))
+    jobs = deque(_Job(part.rank, chunk, pieces) for part in parts for chunk, pieces in reads_by_chunk(part, reads))
     fetch = _Fetch(buffers, sources, on_corrupt, on_unreadable or _ignore, on_bad or _ignore)
     total: Counter[str] = Counter()
     count = max(1, min(threads or _worth(sources), len(jobs)))
@@ -238,6 +247,12 @@ class _Fetch:
 
     def _from(self, source: Source, job: _Job, places: Sequence[memoryview], room: _Room) -> Kind:
         """Fill the chunk's places from one source. Raises CorruptChunk, and what the source does."""
+        if isinstance(source, Lending):
+            with source.lend(job.rank, job.chunk) as lent:
+                if lent is not None:
+                    self._scatter(job, lent)
+                    return source.kind
+            source = source.inner
         if len(places) > 1 and isinstance(source, Scattering):
             source.read_each(job.rank, job.chunk.at, places)
             _check(job, places, source)
@@ -313,14 +328,6 @@ def copy_runs(read: Read, data: memoryview, into: memoryview, *, at: int = 0) ->
     found: np.ndarray[tuple[int, int], np.dtype[np.uint8]]
     found = np.ndarray(shape, np.uint8, data, read.start - at, (read.stride, 1))
     np.copyto(np.ndarray(shape, np.uint8, into, read.into, (read.into_stride, 1)), found)
-
-
-def _in_turn(jobs: Sequence[_Job], turn: int, of: int) -> Iterator[_Job]:
-    """All jobs in order, but that each run of TURN_CHUNKS begins at another of them for each turn."""
-    for first in range(0, len(jobs), TURN_CHUNKS):
-        run = jobs[first : first + TURN_CHUNKS]
-        begin = turn * len(run) // of
-        yield from (*run[begin:], *run[:begin])
 
 
 def _next(jobs: deque[_Job]) -> _Job | None:

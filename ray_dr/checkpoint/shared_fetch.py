@@ -10,19 +10,24 @@ process moves its bytes.
                                                      unless somebody did already, and say in which place it lies
     release                                          the place is read (the next take, or the connection's end, says so too)
 
-Places are of one size, in one run of shared memory that every rank maps. A place is used again when nobody holds it and
-no rank is still to take it; a rank that lags far behind is waited for a while and then has to have its chunks fetched
-again. A chunk is verified before anybody sees it; an error reaches all who asked for that copy.
+Places are of one size, in one run of shared memory that every rank maps; each gets its memory when it is first used, and
+ranks that read in step need few. A place is used again when nobody holds it and no rank is still to take it; a rank that
+lags far behind is waited for a while and then has to have its chunks fetched again.
+
+Each chunk is hashed once per node: here, where it lies, when all of it has come and before anybody sees it. An error
+reaches all who asked for that copy. The ranks map the places to read only, so what they copy is what was hashed: from then
+until the last of them has released it, only this process could change it, and it does not.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ray_dr.checkpoint.copies import Copies, Copy
 from ray_dr.checkpoint.memory import Pool, available_bytes
@@ -61,6 +66,7 @@ class Place:
 
     index: int
     view: memoryview
+    reserved: bool = False
     chunk: str = ""
     holders: int = 0
     used: int = 0
@@ -71,11 +77,8 @@ class _Flight:
     """A chunk on its way here."""
 
     copy: Copy
-    landed: bool = False
+    landed: threading.Event = field(default_factory=threading.Event)
     failure: Failure | None = None
-
-    def has_landed(self) -> bool:
-        return self.landed
 
 
 class _Gathering:
@@ -86,7 +89,7 @@ class _Gathering:
         self._changed = threading.Condition()
         self._wishes: dict[int, Counter[str]] = {}
         self._come: set[int] = set()
-        self._largest = 0
+        self._largest = self._size = 0
         self._formed = False
         self._wanted: Counter[str] = Counter()
         self._pool: Pool | None = None
@@ -116,18 +119,17 @@ class _Gathering:
                 self._make_places()
             if self._pool is None:
                 return NOTHING_SHARED, frozenset()
-            place = len(self._places[0].view)
-            return {"path": self._pool.path, "size": self._pool.size, "place": place}, frozenset(self._wanted)
+            return {"path": self._pool.path, "size": self._pool.size, "place": self._size}, frozenset(self._wanted)
 
     def _make_places(self) -> None:
         ranks = Counter(itertools.chain.from_iterable(self._wishes.values()))
         shared = {chunk for chunk, count in ranks.items() if count > 1}
-        place = max(1, -(-self._largest // PAGE_BYTES)) * PAGE_BYTES
+        self._size = place = max(1, -(-self._largest // PAGE_BYTES)) * PAGE_BYTES
         count = min(len(shared), POOL_BYTES // place)
         if not count or available_bytes() < count * place:
             return
         try:
-            self._pool = Pool.create(count * place)
+            self._pool = Pool.sparse(count * place)
         except OSError:
             return  # no memory to spare: each rank reads for itself
         self._places = [Place(i, self._pool.view[i * place : (i + 1) * place]) for i in range(count)]
@@ -166,27 +168,30 @@ class _Gathering:
         """A place that holds the chunk, and whether this call is what fetched it; `release` must follow. Or what reading
         the copy raised; or None: every place is being read."""
         patient = True
-        with self._changed:
-            while True:
+        while True:
+            with self._changed:
                 if (found := self._by_chunk.get(chunk.id)) is not None:
                     return self._hold(found, local), False
                 if (known := self._failed.get((chunk.id, copy))) is not None:
                     return known
-                if (flight := self._flights.get(chunk.id)) is not None:
-                    self._changed.wait_for(flight.has_landed)
-                    if flight.failure is not None and flight.copy == copy:
-                        return flight.failure
-                elif (place := self._vacant(anyhow=not patient)) is not None:
-                    self._by_chunk.pop(place.chunk, None)
-                    self._flights[chunk.id] = flight = _Flight(copy)
-                    place.holders = 1
-                    break
-                elif patient and self._places:
+                if (flight := self._flights.get(chunk.id)) is None:
+                    if (place := self._vacant(anyhow=not patient)) is not None:
+                        self._by_chunk.pop(place.chunk, None)
+                        self._flights[chunk.id] = flight = _Flight(copy)
+                        place.holders = 1
+                        break
+                    if not patient or not self._places:
+                        return None
                     patient = self._changed.wait_for(lambda: self._may_go_on(chunk), PATIENCE_S)
                     if not patient:
                         self._forget_the_idle()
-                else:
-                    return None
+                    continue
+            flight.landed.wait()
+            if flight.failure is not None and flight.copy == copy:
+                return flight.failure
+        if not self._reserve(place):
+            self._lacking(chunk, place, flight)
+            return None
         flight.failure = self._fetch(chunk, copy, place)
         return self._landed(local, chunk, place, flight)
 
@@ -195,6 +200,25 @@ class _Gathering:
         with self._changed:
             place.holders -= 1
             self._changed.notify_all()
+
+    def _reserve(self, place: Place) -> bool:
+        """Whether there is memory for a place that the caller alone holds."""
+        if not place.reserved and (pool := self._pool) is not None:
+            with contextlib.suppress(OSError):
+                pool.reserve(place.index * self._size, self._size)
+                place.reserved = True
+        return place.reserved
+
+    def _lacking(self, chunk: Chunk, place: Place, flight: _Flight) -> None:
+        """No memory to spare: there is one place less."""
+        with self._changed:
+            self._places = [other for other in self._places if other is not place]
+            self._land(chunk, flight)
+
+    def _land(self, chunk: Chunk, flight: _Flight) -> None:
+        del self._flights[chunk.id]
+        flight.landed.set()
+        self._changed.notify_all()
 
     def _fetch(self, chunk: Chunk, copy: Copy, place: Place) -> Failure | None:
         try:
@@ -205,10 +229,8 @@ class _Gathering:
 
     def _landed(self, local: int, chunk: Chunk, place: Place, flight: _Flight) -> tuple[Place, bool] | Failure:
         with self._changed:
-            del self._flights[chunk.id]
-            flight.landed = True
             place.holders, place.chunk = 0, ""
-            self._changed.notify_all()
+            self._land(chunk, flight)
             if flight.failure is not None:
                 if flight.failure.name in LASTING:
                     self._failed[chunk.id, flight.copy] = flight.failure
@@ -242,11 +264,13 @@ class _Gathering:
         return arrived or not self._places or self._vacant(anyhow=False) is not None
 
     def _vacant(self, *, anyhow: bool) -> Place | None:
-        """A place to fetch into: the least recently used of those that no rank is still to take, else, `anyhow`, of all
-        that nobody holds."""
-        idle = (place for place in self._places if not place.holders)
-        found = min(idle, key=lambda place: (self._wanted[place.chunk] > 0, place.used), default=None)
-        return found if found is None or anyhow or self._wanted[found.chunk] <= 0 else None
+        """A place to fetch into: the last used of those that no rank is still to take (the processor's cache may hold it);
+        else, `anyhow`, the least recently used that nobody holds."""
+        idle = [place for place in self._places if not place.holders]
+        spare = [place for place in idle if self._wanted[place.chunk] <= 0]
+        if spare:
+            return max(spare, key=lambda place: (place.reserved, place.used))
+        return min(idle, key=lambda place: place.used, default=None) if anyhow else None
 
 
 class SharedFetch:

@@ -1,4 +1,8 @@
-"""The worker's side of `shared_fetch`: sources that ask the node's agent for what other ranks of the node want too."""
+"""The worker's side of `shared_fetch`: sources that ask the node's agent for what other ranks of the node want too.
+
+What the agent lends was hashed by it where it lies, and only the agent can write there: a worker maps it to read. So
+it is copied straight to its places, and not hashed once more by each rank.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +10,18 @@ import contextlib
 import queue
 import threading
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ray_dr.checkpoint.copies import Copy, locate
-from ray_dr.checkpoint.memory import attach, copy_into
-from ray_dr.checkpoint.reader import TURN_CHUNKS, Kind, Source
+from ray_dr.checkpoint.memory import attach
+from ray_dr.checkpoint.reader import Kind, Source
 from ray_dr.checkpoint.restore_plan import needed_chunks, plan_restore
 from ray_dr.errors import CorruptChunk, NotFound, ObjectTooShort, StoreError
 from ray_dr.model import codec
 from ray_dr.model.checkpoint import Box, Chunk, Part
 from ray_dr.stores.wire import Connection, Header, connect
 
-AFAR = ("peer", "store")
-"""Kinds of source that are worth asking once only; a node's own disk is read quickly enough by each rank."""
 ANSWER_S = 120.0
 """An agent that is silent for so long is asked no more: the rank reads for itself then."""
 
@@ -54,23 +56,16 @@ class Sharing:
     ) -> dict[int, tuple[Source, ...]]:
         """The sources as this rank is to read its boxes from. Waits for the other ranks' wishes if this one has any."""
         if not self._silent:
-            afar = [part for part in parts if any(source.kind in AFAR for source in sources.get(part.rank, ())[:1])]
+            afar = [part for part in parts if any(map(_afar, sources.get(part.rank, ())[:1]))]
             reads = plan_restore(parts, boxes) if afar else ()
             with contextlib.suppress(StoreError, OSError):
                 self._wish([(part.rank, chunk) for part in afar for chunk in needed_chunks(part, reads)])
         if not self._chunks:
             return {rank: tuple(found) for rank, found in sources.items()}
         return {
-            rank: tuple(SharedSource(source, self) if source.kind in AFAR else source for source in found)
+            rank: tuple(SharedSource(source, self) if _afar(source) else source for source in found)
             for rank, found in sources.items()
         }
-
-    @property
-    def turn(self) -> tuple[int, int]:
-        """For `reader.read_state`: ranks that share begin at different chunks, else each would wait for the same one. Only
-        where a rank that is a whole run ahead still finds places: else ranks could wait for each other."""
-        ample = len(self._places) >= min(2 * TURN_CHUNKS, len({chunk.id for chunk in self._chunks.values()}))
-        return (self._local, self._of) if self._chunks and ample else (0, 1)
 
     def recount(self, counted: Mapping[str, int]) -> dict[str, int]:
         """Bytes per kind of source, those apart ("shared") that another rank of this node had fetched already."""
@@ -81,36 +76,45 @@ class Sharing:
         """The chunk that begins there, if other ranks want it too."""
         return self._chunks.get((rank, at))
 
-    def take(self, chunk: Chunk, copy: Copy, into: Sequence[memoryview], source: Source) -> bool:
-        """Fill all of `into`, one after the other, with the chunk, through the agent. False: it can't be had there now.
-        Raises what reading the source would."""
+    @contextlib.contextmanager
+    def lend(self, chunk: Chunk, copy: Copy, source: Source) -> Iterator[memoryview | None]:
+        """The chunk where the agent holds it, verified, until the context ends. None: it can't be had there now. Raises what
+        reading the source would."""
+        taken = self._take(chunk, copy)
+        if taken is None:
+            yield None
+            return
+        connection, answer = taken
+        if "place" in answer:
+            if not answer["fetched"]:
+                with self._lock:
+                    self._saved[source.kind] += chunk.size
+            yield self._places[answer["place"]][: chunk.size]
+            with contextlib.suppress(StoreError):  # the end of a connection releases it as well
+                connection.send({"op": "release"})
+        self._idle.put(connection)
+        if "failed" in answer:
+            raise _error(answer, chunk, source)
+        if "place" not in answer:
+            yield None
+
+    def _take(self, chunk: Chunk, copy: Copy) -> tuple[Connection, Header] | None:
+        """The agent's answer and the connection it came over; None when it answers no more."""
         try:
             connection = self._borrow()
         except StoreError:
             self._silent = True
-            return False
+            return None
         try:
             answer, _ = connection.request({
                 "op": "take", "restore": self._restore, "local": self._local, "chunk": codec.to_json(chunk),
                 "copy": codec.to_json(copy, tagged=True),
             })  # fmt: skip
-            if "place" in answer:
-                at = 0
-                for view in into:
-                    copy_into(view, self._places[answer["place"]][at : at + view.nbytes])
-                    at += view.nbytes
-                connection.send({"op": "release"})
         except StoreError:
             connection.close()
             self._silent = True
-            return False
-        self._idle.put(connection)
-        if "failed" in answer:
-            raise _error(answer, chunk, source)
-        if "place" in answer and not answer["fetched"]:
-            with self._lock:
-                self._saved[source.kind] += chunk.size
-        return "place" in answer
+            return None
+        return connection, answer
 
     @property
     def silent(self) -> bool:
@@ -129,7 +133,7 @@ class Sharing:
         shared = bytearray(size)
         connection.read_into(memoryview(shared))
         if places["path"]:
-            whole, place = attach(places["path"], places["size"]), places["place"]
+            whole, place = attach(places["path"], places["size"], populate=False, writable=False), places["place"]
             self._places = [whole[at : at + place] for at in range(0, len(whole), place)]
             self._chunks = {(rank, c.at): c for (rank, c), common in zip(wanted, shared, strict=True) if common}
 
@@ -161,14 +165,19 @@ class SharedSource:
     def kind(self) -> Kind:
         return self.inner.kind
 
+    def lend(self, rank: int, chunk: Chunk) -> contextlib.AbstractContextManager[memoryview | None]:
+        """The chunk in memory of the agent, if others want it too: see `reader.Lending`."""
+        copy = locate(self.inner, chunk) if self.sharing.chunk(rank, chunk.at) == chunk and not self.sharing.silent else None
+        return self.sharing.lend(chunk, copy, self.inner) if copy is not None else contextlib.nullcontext()
+
     def read(self, rank: int, start: int, into: memoryview) -> None:
-        """Fill `into`: through the agent if it is a whole chunk that others want, else from the source itself."""
-        chunk = self.sharing.chunk(rank, start)
-        if chunk is not None and chunk.size == into.nbytes and not self.sharing.silent:
-            copy = locate(self.inner, chunk)
-            if copy is not None and self.sharing.take(chunk, copy, (into,), self.inner):
-                return
+        """Fill `into` from the source itself."""
         self.inner.read(rank, start, into)
+
+
+def _afar(source: Source) -> bool:
+    """Whether it is worth asking once only: for all ranks of a node, and for its hashes."""
+    return source.kind != "memory"
 
 
 def _error(answer: Header, chunk: Chunk, source: Source) -> Exception:

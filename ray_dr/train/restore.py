@@ -44,9 +44,8 @@ def restore(a: Assignment, objects: Mapping[str, Any], token: bytes, store: Stor
         with Sharing(a.agent, token, restore=str(a.attempt), local=a.local_rank, of=a.local_world) as sharing:
             sources = sharing.join(parts, buffers, sources)
             counted = read_state(
-                parts, buffers, sources, on_corrupt=lambda error: _note(link, a, error), on_bad=damages.add,
-                turn=sharing.turn,
-            )  # fmt: skip
+                parts, buffers, sources, on_corrupt=lambda error: _note(link, a, error), on_bad=damages.add
+            )
             counted = sharing.recount(counted)
         fetched = time.monotonic()
         for tensor, staged in late:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import signal
@@ -16,17 +17,22 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from ray_dr.actors.node_agent import Agent
-from ray_dr.checkpoint import shared_fetch
-from ray_dr.checkpoint.reader import MemorySource, Source, read_state
+from ray_dr.checkpoint import copies, reader, shared_fetch
+from ray_dr.checkpoint.copies import Copies, StoredCopy
+from ray_dr.checkpoint.memory import Pool
+from ray_dr.checkpoint.reader import Lending, MemorySource, Source, read_state
+from ray_dr.checkpoint.save_plan import plan_save, replicated
 from ray_dr.checkpoint.shared_source import Sharing
-from ray_dr.errors import CheckpointError
+from ray_dr.errors import CheckpointError, CorruptChunk
 from ray_dr.model.attempt import Assignment, Cadence, Origin
-from ray_dr.model.checkpoint import Box, Part
+from ray_dr.model.checkpoint import Box, Chunk, Part
 from ray_dr.model.journal import Record, Restored
+from ray_dr.repository.chunks import chunk_id
 from ray_dr.repository.layout import chunk_key
 from ray_dr.repository.parts import write_part
 from ray_dr.stores import memory
@@ -37,6 +43,7 @@ from ray_dr.stores.wire import Connection
 from ray_dr.train.restore import restore
 from tests.unit.laid_out import (
     CHUNK,
+    FOLDER,
     JOB,
     TOKEN,
     VERSION,
@@ -59,6 +66,13 @@ class Reads:
 
     store: Counter[str] = field(default_factory=Counter)
     peer: Counter[int] = field(default_factory=Counter)
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody is given up because this machine is busy."""
+    monkeypatch.setattr(shared_fetch, "GATHER_S", WAIT_S)
+    monkeypatch.setattr(shared_fetch, "PATIENCE_S", WAIT_S)
 
 
 @pytest.fixture
@@ -127,7 +141,7 @@ def read_all(
         corrupt: list[str] = []
         with Sharing(agent.address, TOKEN, restore=name, local=local, of=locals_) as sharing:
             found = sharing.join([part], buffers, {0: sources()})
-            counted = read_state([part], buffers, found, threads=threads, turn=sharing.turn,
+            counted = read_state([part], buffers, found, threads=threads,
                                  on_corrupt=lambda error: corrupt.append(error.chunk))  # fmt: skip
             return Rank(buffers, sharing.recount(counted), corrupt)
 
@@ -173,8 +187,8 @@ def test_ranks_of_a_node_fetch_every_chunk_of_a_replicated_state_once_from_a_pee
     assert all(rank.holds(part, stream) for rank in ranks)
     assert reads.peer == {chunk.at: 1 for chunk in part.chunks}
     assert sum(rank.counted.get("peer", 0) for rank in ranks) == part.size
-    for reader in readers:
-        reader.close()
+    for each in readers:
+        each.close()
 
 
 def test_what_only_one_rank_wants_never_passes_the_agent(agents: list[Agent], url: str, reads: Reads) -> None:
@@ -234,6 +248,138 @@ def test_a_corrupt_chunk_is_told_and_read_once_from_the_next_source(
     reader.close()
 
 
+def test_every_chunk_is_hashed_once_by_the_agent_and_not_again_by_the_ranks(
+    agents: list[Agent], url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part, stream = saved()
+    source = put(url, part, stream)
+    hashed: Counter[str] = Counter()
+    lock = threading.Lock()
+
+    def count(where: Any, name: str) -> None:
+        make = where.blake3
+
+        def counting(*args: Any, **options: Any) -> Any:
+            with lock:
+                hashed[name] += 1
+            return make(*args, **options)
+
+        monkeypatch.setattr(where, "blake3", counting)
+
+    count(copies, "agent")
+    count(reader, "rank")
+    ranks = read_all(agents[0], part, lambda: [source])
+    assert all(rank.holds(part, stream) for rank in ranks)
+    assert hashed == {"agent": len(part.chunks)}
+
+
+@contextlib.contextmanager
+def lending(agent: Agent, part: Part, source: Source, *, name: str = "1") -> Iterator[list[Lending]]:
+    """The source as two ranks of a node have it that both want all of the part."""
+    boxes = [shard.box for shard in part.shards]
+    with (
+        Sharing(agent.address, TOKEN, restore=name, local=0, of=2) as one,
+        Sharing(agent.address, TOKEN, restore=name, local=1, of=2) as other,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        joined = list(pool.map(lambda sharing: sharing.join([part], boxes, {0: [source]})[0][0], (one, other)))
+        assert all(isinstance(source, Lending) for source in joined)
+        yield joined  # type: ignore[misc]
+
+
+def test_any_flipped_bit_is_found_before_a_rank_gets_the_chunk(agents: list[Agent], url: str) -> None:
+    part, stream = saved(2 * CHUNK)
+    source = put(url, part, stream)
+    chunk = part.chunks[1]
+    for at in range(0, chunk.size, 13):
+        bad = stream[chunk.at : chunk.at + chunk.size]
+        bad[at] ^= 1 << at % 8
+        source.store.put(chunk_key(JOB, chunk), bad)
+        with lending(agents[0], part, source, name=str(at)) as ranks:
+            for rank in ranks:
+                with pytest.raises(CorruptChunk), rank.lend(0, chunk) as lent:
+                    pytest.fail(f"lent {lent!r}")
+
+
+def test_the_ranks_map_what_the_agent_verified_to_read_only(agents: list[Agent], url: str) -> None:
+    part, stream = saved()
+    with lending(agents[0], part, put(url, part, stream)) as ranks, ranks[0].lend(0, part.chunks[3]) as lent:
+        assert lent is not None
+        assert lent.readonly
+        assert bytes(lent) == bytes(stream[3 * CHUNK : 4 * CHUNK])
+
+
+def test_ranks_that_each_need_a_part_of_a_chunk_share_it(agents: list[Agent], url: str, reads: Reads) -> None:
+    shape = (50, 400)
+    plan = plan_save([replicated("w", "int8", shape, rank=0, world=1)], rank=0, world=1)
+    stream = bytearray(os.urandom(plan.size))
+    runs = [(at, stream[at : at + CHUNK]) for at in range(0, plan.size, CHUNK)]
+    chunks = tuple(Chunk(chunk_id(run), at, len(run), FOLDER) for at, run in runs)
+    part = Part(VERSION, 0, 1, plan.size, plan.shards, chunks)
+    source = put(url, part, stream)
+
+    def mine(local: int) -> list[Box]:
+        return [Box("w", "int8", shape, (0, 100 * local), (50, 100))]
+
+    ranks = read_all(agents[0], part, lambda: [source], wanted=mine)
+    whole = np.frombuffer(stream, np.int8).reshape(shape)
+    for local, rank in enumerate(ranks):
+        columns = whole[:, 100 * local : 100 * local + 100]
+        assert bytes(next(iter(rank.buffers.values()))) == columns.tobytes()
+    assert reads.store == {chunk.id: 1 for chunk in part.chunks}
+
+
+@pytest.mark.parametrize("kind", ["disk", "second"])
+def test_a_nodes_own_disk_and_a_second_store_are_read_once_too(
+    agents: list[Agent], url: str, reads: Reads, kind: Any
+) -> None:
+    part, stream = saved()
+    source = replace(put(url, part, stream), kind=kind)
+    ranks = read_all(agents[0], part, lambda: [source])
+    assert all(rank.holds(part, stream) for rank in ranks)
+    assert reads.store == {chunk.id: 1 for chunk in part.chunks}
+    assert sum(rank.counted.get(kind, 0) for rank in ranks) == part.size
+
+
+def test_without_memory_for_places_each_rank_reads_for_itself(
+    agents: list[Agent], url: str, reads: Reads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: Pool, start: int, size: int) -> None:
+        raise OSError("no memory")
+
+    monkeypatch.setattr(Pool, "reserve", refuse)
+    part, stream = saved()
+    source = put(url, part, stream)
+    ranks = read_all(agents[0], part, lambda: [source])
+    assert all(rank.holds(part, stream) for rank in ranks)
+    assert [rank.counted for rank in ranks] == [{"store": part.size}] * LOCALS
+
+
+def test_ranks_in_step_make_do_with_one_place(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    reserved: list[int] = []
+    reserve = Pool.reserve
+
+    def note(self: Pool, start: int, size: int) -> None:
+        reserved.append(start)
+        reserve(self, start, size)
+
+    monkeypatch.setattr(Pool, "reserve", note)
+    part, stream = saved()
+    source = put(url, part, stream)
+    gathering = shared_fetch._Gathering(2, Copies(TOKEN, [lambda: source.store]))
+    for local in range(2):
+        gathering.come(local, [chunk.id for chunk in part.chunks], CHUNK)
+    gathering.form()
+    for chunk in part.chunks:
+        for local in range(2):
+            taken = gathering.take(local, chunk, StoredCopy(url, chunk_key(JOB, chunk)))
+            assert isinstance(taken, tuple)
+            assert bytes(taken[0].view[: chunk.size]) == bytes(stream[chunk.at : chunk.at + chunk.size])
+            gathering.release(taken[0])
+    gathering.close()
+    assert len(reserved) == 1
+
+
 def test_a_missing_chunk_and_a_dead_peer_are_what_they_would_be_without_sharing(
     agents: list[Agent], url: str, reads: Reads
 ) -> None:
@@ -254,14 +400,14 @@ def test_memory_is_bounded_and_given_back(
 ) -> None:
     monkeypatch.setattr(shared_fetch, "POOL_BYTES", 32 * shared_fetch.PAGE_BYTES)
     most = 0
-    create = shared_fetch.Pool.create
+    sparse = shared_fetch.Pool.sparse
 
     def watch(size: int) -> Any:
         nonlocal most
         most += size
-        return create(size)
+        return sparse(size)
 
-    monkeypatch.setattr(shared_fetch.Pool, "create", staticmethod(watch))
+    monkeypatch.setattr(shared_fetch.Pool, "sparse", staticmethod(watch))
     part, stream = saved(200 * CHUNK)
     source = put(url, part, stream)
     for attempt in range(3):
@@ -315,8 +461,6 @@ def test_a_rank_that_is_killed_gives_up_the_places_it_held(
     agents: list[Agent], url: str, reads: Reads, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shared_fetch, "POOL_BYTES", 3 * shared_fetch.PAGE_BYTES)
-    monkeypatch.setattr(shared_fetch, "PATIENCE_S", 10.0)  # a place that stays held would be waited for in vain, each time
-    monkeypatch.setattr(shared_fetch, "GATHER_S", WAIT_S)
     part, stream = saved()
     source = put(url, part, stream)
     named = [f"{chunk.id}:{chunk.size}" for chunk in part.chunks]
