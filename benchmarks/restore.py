@@ -30,6 +30,7 @@ from benchmarks import restore_peers
 from benchmarks.alone import run_alone, said
 from benchmarks.figures import environment, median, p95, say, table
 from benchmarks.restore_plans import Manifests, World, manifest_rows, world_rows
+from benchmarks.restore_worlds import node_rows
 from benchmarks.save import TOKEN, WAIT_S
 from benchmarks.state import SPARE_BYTES, THREADS, installed, make_state, no_room, size_in_bytes
 from benchmarks.stores import BUCKET, s3_endpoint
@@ -52,6 +53,7 @@ STREAMS = (1, 2, 4)
 """Sockets of the raw TCP floor; the fastest counts."""
 GETS = (2, 4, 8)
 """Threads of the raw ranged get; the fastest counts."""
+PARTS = ("ways", "worlds", "manifests")
 WORLDS_BYTES = 512 * 2**20
 """The most that is read on other world sizes."""
 MEMORY, AT_ONCE, UNVERIFIED = "ray_dr, own memory", "ray_dr, own memory, asked at once", "ray_dr, own memory, all hashed then"
@@ -437,6 +439,12 @@ def rows(took: Took, size: int, failures: Mapping[str, str]) -> Iterator[tuple[o
     yield from ((name, why, "", "", "") for name, why in failures.items())
 
 
+def all_worlds(size: int, rounds: int) -> list[World]:
+    """One rank after the other, and all at once beside their agent."""
+    with tempfile.TemporaryDirectory(prefix="rdr-") as folder, s3_endpoint("small", Path(folder)) as endpoint:
+        return [*node_rows(size, rounds, Path(folder), endpoint, BUCKET), *world_rows(size, rounds)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="256 MB")
@@ -445,41 +453,46 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="counted rounds (default 5)")
     parser.add_argument("--only", action="append", choices=FLOORS, metavar="WAY",
                         help=f"with its floors, and nothing else; may be repeated; of: {'; '.join(FLOORS)}")  # fmt: skip
+    parser.add_argument("--part", action="append", choices=PARTS, help="one of the tables; may be repeated")
     asked = parser.parse_args()
     seen = environment()
     say(json.dumps(seen))
     size = asked.size or (256 if asked.quick else 1024) * 2**20
-    names, left_out = installed(asked.only or FLOORS, MODULES)
-    groups, large = divide(names, (available_bytes() - SPARE_BYTES) / size)
-    left_out += [no_room(name, size, times) for name, times in large.items()]
-    took, ahead, failures = measure(groups, size, asked.rounds)
-    print(table(["way", "s (median / p95)", "GB/s", "cpu-s/GB", "speed"], list(rows(took, size, failures))))
-    print(f"{size / 2**20:.0f} MB" + (f"; hashed ahead, in the agent: {median(ahead):.3f} s" if ahead else ""))
-    print("".join(f"{line}\n" for line in left_out), end="")
-    found = {**result(took, ahead, size), "failures": failures, "left_out": left_out, "environment": seen}
-    if not asked.only:
-        found |= others(min(size, WORLDS_BYTES), asked.rounds)
+    parts = asked.part or (PARTS[:1] if asked.only else PARTS)
+    found: dict[str, Any] = {"environment": seen}
+    if "ways" in parts:
+        names, left_out = installed(asked.only or FLOORS, MODULES)
+        groups, large = divide(names, (available_bytes() - SPARE_BYTES) / size)
+        left_out += [no_room(name, size, times) for name, times in large.items()]
+        took, ahead, failures = measure(groups, size, asked.rounds)
+        print(table(["way", "s (median / p95)", "GB/s", "cpu-s/GB", "speed"], list(rows(took, size, failures))))
+        print(f"{size / 2**20:.0f} MB" + (f"; hashed ahead, in the agent: {median(ahead):.3f} s" if ahead else ""))
+        print("".join(f"{line}\n" for line in left_out), end="")
+        found |= {**result(took, ahead, size), "failures": failures, "left_out": left_out}
+    if "worlds" in parts:
+        worlds = all_worlds(min(size, WORLDS_BYTES), asked.rounds)
+        print(table(["written by", "read by", "from", "s of all ranks (median / p95)", "to the same world"],
+                    [world.row for world in worlds]))  # fmt: skip
+        found |= of_worlds(worlds)
+    if "manifests" in parts:
+        manifests = manifest_rows(asked.rounds)
+        print(table(["part lists", "chunks", "encode, write", "read, decode", "index", "plan", "s in all (median / p95)"],
+                    [manifest.row for manifest in manifests]))  # fmt: skip
+        found |= of_manifests(manifests)
     if asked.json:
         print(json.dumps(found))
 
 
-def others(size: int, rounds: int) -> dict[str, Any]:
-    """Other world sizes and long manifests: print their tables; what the last line has of them."""
-    worlds, manifests = world_rows(size, rounds), manifest_rows(rounds)
-    print(table(["written by", "read by", "from", "s of all ranks (median / p95)", "to the same world"],
-                [world.row for world in worlds]))  # fmt: skip
-    print(table(["part lists", "chunks", "encode, write", "read, decode", "index", "plan", "s in all (median / p95)"],
-                [manifest.row for manifest in manifests]))  # fmt: skip
-    return of_others(worlds, manifests)
+def of_worlds(worlds: list[World]) -> dict[str, Any]:
+    """What the last line has of other world sizes: the largest ratio of each kind, and every row."""
+    kinds = {"other_world_ratio": "memory", "other_world_store_ratio": "store", "other_world_s3_ratio": "S3"}
+    found = {key: max(world.ratio for world in worlds if world.kind == kind) for key, kind in kinds.items()}
+    return {**found, "worlds": [world.row for world in worlds]}
 
 
-def of_others(worlds: list[World], manifests: list[Manifests]) -> dict[str, Any]:
-    return {
-        "other_world_ratio": max(world.ratio for world in worlds if world.kind == "memory"),
-        "other_world_store_ratio": max(world.ratio for world in worlds if world.kind == "store"),
-        "manifest_100k_s": max(manifest.total_s for manifest in manifests),
-        "worlds": [world.row for world in worlds], "manifests": [each.row for each in manifests],
-    }  # fmt: skip
+def of_manifests(manifests: list[Manifests]) -> dict[str, Any]:
+    """What the last line has of long manifests."""
+    return {"manifest_100k_s": max(each.total_s for each in manifests), "manifests": [each.row for each in manifests]}
 
 
 def result(took: Took, ahead: list[float], size: int) -> dict[str, Any]:

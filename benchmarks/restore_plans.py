@@ -24,6 +24,9 @@ from ray_dr.stores.memory import MemoryStore
 COLUMNS = 4096
 TENSOR_BYTES = 32 * 2**20
 FOLDER = "000001-000000000005-000001"
+WORLDS = ((4, (4, 1, 2, 3)), (1, (1, 4)), (2, (2, 4)), (3, (3, 4)))
+"""Ranks that write, and those that read."""
+APART = "store, a node each"
 CHUNKS = 100_000
 SHARDS = 4_000
 VERSION = VersionId(1, 5)
@@ -31,7 +34,7 @@ VERSION = VersionId(1, 5)
 
 @dataclass(frozen=True)
 class World:
-    """A checkpoint of `written` ranks read by `read` ranks, one after the other; `ratio` to that read by `written`."""
+    """A checkpoint of `written` ranks read by `read` ranks; `ratio` to that read by `written`."""
 
     written: int
     read: int
@@ -59,6 +62,12 @@ def boxes(size: int, rank: int, world: int) -> list[Leaf]:
         offsets[dim], lengths[dim] = first, last - first
         found.append(Leaf(name, "float32", shape, (Box(name, "float32", shape, tuple(offsets), tuple(lengths)),)))
     return found
+
+
+def held_boxes(size: int, rank: int, world: int) -> list[Box]:
+    """What a rank reads. Replicated tensors are left to rank 0: with more ranks there would be more to read, which is no
+    matter of cuts."""
+    return [leaf.boxes[0] for leaf in boxes(size, rank, world) if rank == 0 or leaf.replica_count == 1]
 
 
 @dataclass(frozen=True)
@@ -94,28 +103,24 @@ def write(size: int, world: int) -> Written:
 
 
 def read(written: Written, size: int, world: int, kind: str, room: memoryview) -> float:
-    """Seconds that all ranks take in all to read what they hold into `room`, which is in place.
-
-    Replicated tensors are left to rank 0: with more ranks there would be more to read, which is no matter of cuts.
-    """
+    """Seconds that all ranks take in all to read what they hold into `room`, which is in place."""
     took = 0.0
     for rank in range(world):
         wanted, at = {}, 0
-        for leaf in boxes(size, rank, world):
-            if rank == 0 or leaf.replica_count == 1:
-                wanted[leaf.boxes[0]] = room[at : at + leaf.boxes[0].size]
-                at += leaf.boxes[0].size
+        for box in held_boxes(size, rank, world):
+            wanted[box] = room[at : at + box.size]
+            at += box.size
         begun = time.perf_counter()
-        read_state(written.parts, wanted, written.sources(kind), on_corrupt=_refuse)
+        read_state(written.parts, wanted, written.sources(kind), on_corrupt=refuse)
         took += time.perf_counter() - begun
     return took
 
 
 def world_rows(size: int, rounds: int) -> list[World]:
-    """4 ranks' checkpoint read by 1, 2, 3 and 4; that of 1, 2, 3 read by 4 and by themselves."""
+    """4 ranks' checkpoint read by 1, 2, 3 and 4; that of 1, 2, 3 read by 4 and by themselves; one rank after the other."""
     found = []
     room = memoryview(np.ones(2 * size, np.uint8))
-    for wrote, readers in ((4, (4, 1, 2, 3)), (1, (1, 4)), (2, (2, 4)), (3, (3, 4))):
+    for wrote, readers in WORLDS:
         written = write(size, wrote)
         for kind in ("memory", "store"):
             turns: dict[int, list[float]] = {world: [] for world in readers}
@@ -125,7 +130,8 @@ def world_rows(size: int, rounds: int) -> list[World]:
                     if number:
                         turns[world].append(took)
             same = median(turns[wrote])
-            found += [World(wrote, world, kind, took, median(took) / same) for world, took in turns.items()]
+            name = APART if kind == "store" else kind
+            found += [World(wrote, world, name, took, median(took) / same) for world, took in turns.items()]
     return found
 
 
@@ -195,5 +201,6 @@ def _mark(clock: list[float]) -> None:
     clock.append(time.perf_counter())
 
 
-def _refuse(error: Exception) -> None:
+def refuse(error: Exception) -> None:
+    """For readers of what is whole."""
     raise error

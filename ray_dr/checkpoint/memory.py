@@ -35,7 +35,7 @@ class Pool:
     """Shared memory of `size` bytes (> 0), zero at first. Made by `Pool.create` or `Pool.sparse`."""
 
     def __init__(self, fd: int, size: int) -> None:
-        self.size = size
+        self.size = self.reserved = size
         self._fd, self._lock = fd, threading.Lock()
         self.path = f"/proc/{os.getpid()}/fd/{fd}"
         self._closed = weakref.finalize(self, os.close, fd)
@@ -51,8 +51,10 @@ class Pool:
 
     @classmethod
     def sparse(cls, size: int) -> Pool:
-        """A pool without pages: `reserve` a run of it before anybody writes there."""
-        return cls._make(size, lambda fd: os.ftruncate(fd, size))
+        """A pool without pages: `reserve` a run of it before anybody writes there. `reserved` is what `keep` left."""
+        pool = cls._make(size, lambda fd: os.ftruncate(fd, size))
+        pool.reserved = 0
+        return pool
 
     @classmethod
     def _make(cls, size: int, enlarge: Callable[[int], None]) -> Pool:
@@ -75,6 +77,12 @@ class Pool:
             os.posix_fallocate(fd, start, size)
         finally:
             os.close(fd)
+
+    def keep(self, size: int) -> None:
+        """Give back the memory of all but the first `size` bytes, a multiple of the page size, of a sparse pool."""
+        self.reserved = size
+        if isinstance(self.view.obj, mmap.mmap) and size < self.size:
+            self.view.obj.madvise(mmap.MADV_REMOVE, size, self.size - size)
 
     def close(self) -> None:
         """Give the memory back: at once, or with the last slice of `view` or mapping elsewhere that is still in use."""

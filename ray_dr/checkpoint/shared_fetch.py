@@ -12,7 +12,7 @@ process moves its bytes.
 
 Places are of one size, in one run of shared memory that every rank maps; each gets its memory when it is first used, and
 ranks that read in step need few. A place is used again when nobody holds it and no rank is still to take it; a rank that
-lags far behind is waited for a while and then has to have its chunks fetched again.
+lags behind is waited for a little, then there are more places, and in the end it has to have its chunks fetched again.
 
 Each chunk is hashed once per node: here, where it lies, when all of it has come and before anybody sees it. An error
 reaches all who asked for that copy. The ranks map the places to read only, so what they copy is what was hashed: from then
@@ -25,7 +25,7 @@ import contextlib
 import itertools
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -39,6 +39,10 @@ from ray_dr.stores.wire import Connection, Header
 
 POOL_BYTES = 256 * 2**20
 """At most so much memory for chunks on their way to the ranks."""
+KEPT_BYTES = 64 * 2**20
+"""So much of it is taken at once, and kept for the next restore; more when a fetch found no place for GROW_S. Fresh memory
+costs as much time as a chunk's fetch and hash."""
+GROW_S = 0.05
 PAGE_BYTES = 4096
 ID_BYTES = 32
 GATHER_S = 5.0
@@ -84,8 +88,8 @@ class _Flight:
 class _Gathering:
     """One restore of the node's ranks. Thread-safe."""
 
-    def __init__(self, of: int, copies: Copies) -> None:
-        self._of, self._copies = of, copies
+    def __init__(self, of: int, copies: Copies, kept: list[Pool]) -> None:
+        self._of, self._copies, self._kept = of, copies, kept
         self._changed = threading.Condition()
         self._wishes: dict[int, Counter[str]] = {}
         self._come: set[int] = set()
@@ -129,10 +133,11 @@ class _Gathering:
         if not count or available_bytes() < count * place:
             return
         try:
-            self._pool = Pool.sparse(count * place)
+            self._pool = pool = self._kept.pop() if self._kept else Pool.sparse(POOL_BYTES)
         except OSError:
             return  # no memory to spare: each rank reads for itself
-        self._places = [Place(i, self._pool.view[i * place : (i + 1) * place]) for i in range(count)]
+        ready = pool.reserved // place
+        self._places = [Place(i, pool.view[i * place : (i + 1) * place], i < ready) for i in range(count)]
         for wishes in self._wishes.values():
             for chunk in wishes.keys() - shared:
                 del wishes[chunk]
@@ -152,14 +157,18 @@ class _Gathering:
             return not self._wishes
 
     def close(self) -> None:
-        """Give the memory back; who waits for a place gets none."""
+        """Give the memory back, but for what the next restore is to find; who waits for a place gets none."""
         with self._changed:
             self._formed = True
-            self._places, self._by_chunk = [], {}
+            places, self._places, self._by_chunk = self._places, [], {}
             pool, self._pool = self._pool, None
             self._changed.notify_all()
-        if pool is not None:
-            pool.close()
+        ready = len(list(itertools.takewhile(lambda place: place.reserved, places)))
+        if pool is not None and (self._flights or any(place.holders for place in places)):
+            pool.close()  # with the last who still reads or fills it
+        elif pool is not None:
+            pool.keep(min(ready * self._size, KEPT_BYTES))
+            self._kept.append(pool)
         self._copies.close()
 
     # -- chunks
@@ -167,7 +176,7 @@ class _Gathering:
     def take(self, local: int, chunk: Chunk, copy: Copy) -> tuple[Place, bool] | Failure | None:
         """A place that holds the chunk, and whether this call is what fetched it; `release` must follow. Or what reading
         the copy raised; or None: every place is being read."""
-        patient = True
+        waits = deque((GROW_S, PATIENCE_S))
         while True:
             with self._changed:
                 if (found := self._by_chunk.get(chunk.id)) is not None:
@@ -175,16 +184,17 @@ class _Gathering:
                 if (known := self._failed.get((chunk.id, copy))) is not None:
                     return known
                 if (flight := self._flights.get(chunk.id)) is None:
-                    if (place := self._vacant(anyhow=not patient)) is not None:
+                    if (place := self._vacant(len(waits))) is not None:
                         self._by_chunk.pop(place.chunk, None)
                         self._flights[chunk.id] = flight = _Flight(copy)
                         place.holders = 1
                         break
-                    if not patient or not self._places:
+                    if not waits or not self._places:
                         return None
-                    patient = self._changed.wait_for(lambda: self._may_go_on(chunk), PATIENCE_S)
-                    if not patient:
-                        self._forget_the_idle()
+                    if not self._changed.wait_for(lambda: self._may_go_on(chunk, len(waits)), waits[0]):
+                        waits.popleft()
+                        if not waits:
+                            self._forget_the_idle()
                     continue
             flight.landed.wait()
             if flight.failure is not None and flight.copy == copy:
@@ -259,18 +269,21 @@ class _Gathering:
             self._wanted.subtract(self._wishes[local])
             self._wishes[local] = Counter()
 
-    def _may_go_on(self, chunk: Chunk) -> bool:
+    def _may_go_on(self, chunk: Chunk, patience: int) -> bool:
         arrived = chunk.id in self._by_chunk or chunk.id in self._flights
-        return arrived or not self._places or self._vacant(anyhow=False) is not None
+        return arrived or not self._places or self._vacant(patience) is not None
 
-    def _vacant(self, *, anyhow: bool) -> Place | None:
+    def _vacant(self, patience: int) -> Place | None:
         """A place to fetch into: the last used of those that no rank is still to take (the processor's cache may hold it);
-        else, `anyhow`, the least recently used that nobody holds."""
+        one without memory so far, if few have any or patience is below 2; without patience, any that nobody holds, the
+        least recently used."""
         idle = [place for place in self._places if not place.holders]
         spare = [place for place in idle if self._wanted[place.chunk] <= 0]
-        if spare:
-            return max(spare, key=lambda place: (place.reserved, place.used))
-        return min(idle, key=lambda place: place.used, default=None) if anyhow else None
+        if ready := [place for place in spare if place.reserved]:
+            return max(ready, key=lambda place: place.used)
+        if spare and (patience < 2 or spare[0].index < max(1, KEPT_BYTES // self._size)):
+            return spare[0]
+        return min(idle, key=lambda place: place.used, default=None) if not patience else None
 
 
 class SharedFetch:
@@ -281,6 +294,7 @@ class SharedFetch:
         self._lock = threading.Lock()
         self._under_way: dict[str, _Gathering] = {}
         self._over = ""
+        self._kept: list[Pool] = []
         self._closed = False
 
     def serve(self, connection: Connection, header: Header, size: int) -> None:
@@ -297,6 +311,8 @@ class SharedFetch:
             under_way, self._under_way = tuple(self._under_way.values()), {}
         for gathering in under_way:
             gathering.close()
+        while self._kept:
+            self._kept.pop().close()
 
     def _serve_rank(self, connection: Connection, header: Header, size: int) -> None:
         data = bytearray(size)
@@ -326,7 +342,7 @@ class SharedFetch:
             if key not in self._under_way:
                 for old in [old for old, found in self._under_way.items() if found.deserted()]:
                     self._under_way.pop(old).close()  # some of its ranks never came
-                self._under_way[key] = _Gathering(of, Copies(self._token, self._stores))
+                self._under_way[key] = _Gathering(of, Copies(self._token, self._stores), self._kept)
             return self._under_way[key]
 
     def _end(self, key: str, gathering: _Gathering) -> None:

@@ -239,9 +239,9 @@ def test_the_last_line_of_restore_has_the_promised_keys_and_ratios_to_its_floors
     took[restore.MEMCPY]["wall_s"] = [1.5, 1.5, 9.0]
     for name in restore.FLOORS:
         took[name]["floor_s"] = [1.5]
-    worlds = [restore_plans.World(4, 3, kind, [1.0], ratio) for kind, ratio in (("memory", 1.2), ("store", 2.5))]
+    worlds = [restore_plans.World(4, 3, kind, [1.0], ratio) for kind, ratio in (("memory", 1.2), ("store", 2.5), ("S3", 1.1))]
     manifests = [restore_plans.Manifests(1, [(0.5, 0.25), (0.5, 0.75)])]
-    told = {**restore.result(took, [0.2], 2**30), **restore.of_others(worlds, manifests)}
+    told = {**restore.result(took, [0.2], 2**30), **restore.of_worlds(worlds), **restore.of_manifests(manifests)}
     found = json.loads(json.dumps(told))
     assert (found["memory_s"], found["memcpy_s"], found["memory_ratio"]) == (3.0, 1.5, 0.5)
     assert (found["other_world_ratio"], found["other_world_store_ratio"], found["manifest_100k_s"]) == (1.2, 2.5, 1.0)
@@ -357,8 +357,7 @@ def test_a_checkpoint_of_restores_worlds_is_read_whole_by_every_other_world() ->
     room = memoryview(bytearray(2 * size))
     assert all(restore_plans.read(written, size, world, kind, room) > 0 for world in (1, 3) for kind in ("memory", "store"))
     for world in (1, 3):
-        wanted = [leaf.boxes[0] for rank in range(world) for leaf in restore_plans.boxes(size, rank, world)
-                  if rank == 0 or leaf.replica_count == 1]  # fmt: skip
+        wanted = [box for rank in range(world) for box in restore_plans.held_boxes(size, rank, world)]
         assert sum(box.size for box in wanted) == size
 
 
