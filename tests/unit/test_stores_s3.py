@@ -6,10 +6,20 @@ import random
 import time
 import uuid
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
-from ray_dr.errors import AccessDenied, AlreadyExists, StoreBusy, StoreError, StoreFull, StoreUnavailable
+from ray_dr.errors import (
+    AccessDenied,
+    AlreadyExists,
+    NotFound,
+    ObjectTooShort,
+    StoreBusy,
+    StoreError,
+    StoreFull,
+    StoreUnavailable,
+)
 from ray_dr.stores.checks import CHECKS, reads_back_in_parts
 from ray_dr.stores.examine import try_out
 from ray_dr.stores.open import open_store, probe
@@ -203,3 +213,75 @@ def test_what_the_client_knows_of_s3_is_held_once_for_all_stores(server: S3Serve
     first, second = bare(server), bare(server)
     assert first._client is not second._client
     assert first._client._loader is second._client._loader
+
+
+@pytest.fixture
+def warm(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Store:
+    """A store that has got "k" (1000 bytes) once, and may not ask through boto3's own get again."""
+    store = S3Store(Bucket("b", "p é+(~&x)", f"http://127.0.0.1:{server.port}", "us-east-1"))
+    store.put("k", bytes(range(250)) * 4)
+    store.get("k")
+    monkeypatch.setattr(store._client, "get_object", lambda **asked: pytest.fail(f"boto3 was asked for {asked}"))
+    server.requests.clear()
+    return store
+
+
+def test_later_gets_spare_what_boto3_does_for_each(warm: S3Store) -> None:
+    data = bytes(range(250)) * 4
+    for name in ("k", "x/y-z_1=.a"):
+        warm.put(name, data)
+        room = bytearray(100)
+        warm.readinto(name, memoryview(room), start=300)
+        assert (warm.get(name), warm.get(name, start=990, size=50), bytes(room)) == (data, data[990:], data[300:400])
+    assert warm.get("k", start=5000) == b""
+    with pytest.raises(ObjectTooShort):
+        warm.readinto("k", memoryview(bytearray(20)), start=990)
+    with pytest.raises(NotFound):
+        warm.get("other")
+
+
+@pytest.mark.parametrize(
+    ("answer", "error"),
+    [
+        ("503 SlowDown", StoreBusy),
+        ("500 InternalError", StoreUnavailable),
+        ("403 AccessDenied", AccessDenied),
+        ("404 NoSuchBucket", StoreError),
+        ("501 NotImplemented", StoreError),
+        ("cut", StoreUnavailable),
+        ("drop", StoreUnavailable),
+    ],
+)
+def test_refusals_of_later_gets_are_what_boto3_would_tell(
+    warm: S3Store, server: S3Server, answer: str, error: type[StoreError]
+) -> None:
+    server.plan(answer, method="GET", amount=500)
+    with pytest.raises(error) as caught:
+        warm.get("k")
+    assert type(caught.value) is error
+    assert len(server.requests) == 1
+    assert len(warm.get("k")) == 1000
+
+
+@pytest.mark.parametrize("answer", ["307 TemporaryRedirect", "301 PermanentRedirect", "400 AuthorizationHeaderMalformed"])
+def test_a_get_that_is_sent_elsewhere_is_asked_for_by_boto3(server: S3Server, answer: str) -> None:
+    store = bare(server)
+    store.put("k", b"x" * 1000)
+    store.get("k")
+    server.plan(answer, method="GET")
+    assert store.get("k") == b"x" * 1000
+
+
+def test_an_unusual_get_teaches_nothing(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = bare(server)
+    store.put("k", b"x")
+
+    def sign_more(request: Any, **_: object) -> None:
+        request.headers["x-amz-request-payer"] = "requester"
+
+    store._client.meta.events.register("before-sign.s3.GetObject", sign_more)
+    asked: list[str] = []
+    get = store._client.get_object
+    monkeypatch.setattr(store._client, "get_object", lambda **given: (asked.append(given["Key"]), get(**given))[1])
+    assert [store.get("k"), store.get("k")] == [b"x", b"x"]
+    assert asked == ["p/k", "p/k"]
