@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -27,6 +29,9 @@ from ray_dr.stores.peer import PeerReader
 from ray_dr.train.link import Link
 from ray_dr.train.state import Local, Target, bytes_of
 
+LISTS_AT_ONCE = 8
+"""Part lists that are read at a time: each is a round trip."""
+
 
 def restore(a: Assignment, objects: Mapping[str, Any], token: bytes, store: Store, link: Link) -> Restored:
     """Load the attempt's version into the objects. Raises IncompatibleState before anything is overwritten."""
@@ -34,7 +39,7 @@ def restore(a: Assignment, objects: Mapping[str, Any], token: bytes, store: Stor
     begun = time.monotonic()
     readers = _Readers(a, token, link)
     try:
-        parts = [readers.part(rank, store) for rank in range(a.origin.world)]
+        parts = readers.parts(store)
         scalars = next((part.scalars for part in parts if part.rank == 0), {})
         target = Target(objects, build_index(parts), scalars, rank=a.rank, world=a.world)
         buffers, late = _buffers(target)
@@ -68,6 +73,14 @@ class _Readers:
         self._a, self._token, self._link = a, token, link
         self._origin: Origin = a.origin  # type: ignore[assignment]
         self._open: dict[str, PeerReader] = {}
+        self._lists: dict[str, Part] = {}
+        self._lock = threading.Lock()
+
+    def parts(self, store: Store) -> list[Part]:
+        """The descriptions of all ranks' parts, several asked for at a time."""
+        world = self._origin.world
+        with ThreadPoolExecutor(min(world, LISTS_AT_ONCE)) as pool:
+            return list(pool.map(lambda rank: self.part(rank, store), range(world)))
 
     def part(self, rank: int, store: Store) -> Part:
         """The description of a rank's part, from the first holder that answers, else from the store."""
@@ -78,7 +91,7 @@ class _Readers:
                 continue
         for kept, refs, _ in self._stores(store):
             if rank in refs:
-                return read_part(kept(), refs[rank])
+                return self._listed(kept(), refs[rank])
         raise NoCheckpoint(f"nobody holds rank {rank} of step {self._origin.version.step} any more")
 
     def sources(self, part: Part, store: Store) -> tuple[Source, ...]:
@@ -93,12 +106,18 @@ class _Readers:
         for kept, refs, kind in self._stores(store):
             if part.rank in refs:
                 try:
-                    found.append(StoreSource(kept(), self._a.job, read_part(kept(), refs[part.rank]), kind))
+                    found.append(StoreSource(kept(), self._a.job, self._listed(kept(), refs[part.rank]), kind))
                 except (StoreError, CheckpointError) as error:
                     failed = failed or error
         if failed is not None and not found:
             raise failed  # with another copy, a store that is away does no harm
         return tuple(found)
+
+    def _listed(self, store: Store, ref: PartRef) -> Part:
+        """A part list, which is read once."""
+        if ref.digest not in self._lists:
+            self._lists[ref.digest] = read_part(store, ref)
+        return self._lists[ref.digest]
 
     def _stores(self, first: Store) -> tuple[tuple[Callable[[], Store], dict[int, PartRef], Kind], ...]:
         """The stores in order, each with the part lists that are there."""
@@ -139,9 +158,8 @@ class _Readers:
         return reader.source(part.version, part.rank)
 
     def _reader(self, address: str) -> PeerReader:
-        if address not in self._open:
-            self._open[address] = PeerReader(address, self._token)
-        return self._open[address]
+        with self._lock:
+            return self._open.setdefault(address, PeerReader(address, self._token))
 
 
 def _buffers(target: Target) -> tuple[dict[Box, memoryview], list[tuple[torch.Tensor, torch.Tensor]]]:
