@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from blake3 import blake3
 
 from benchmarks import restore_peers
 from benchmarks.alone import run_alone, said
@@ -33,7 +34,7 @@ from benchmarks.restore_plans import Manifests, World, manifest_rows, world_rows
 from benchmarks.restore_worlds import node_rows
 from benchmarks.save import TOKEN, WAIT_S
 from benchmarks.state import SPARE_BYTES, THREADS, installed, make_state, no_room, size_in_bytes
-from benchmarks.stores import BUCKET, s3_endpoint
+from benchmarks.stores import BUCKET, s3_endpoint, tuned_client
 from ray_dr.actors.node_agent import Agent
 from ray_dr.checkpoint.direct import find_version
 from ray_dr.checkpoint.memory import Pool, attach, available_bytes, copy_many
@@ -62,9 +63,10 @@ PEER, DISK, S3 = "ray_dr, peer", "ray_dr, disk", "ray_dr, S3"
 TORCH, DCP, DCP_S3, CONNECTOR = "torch.load", "DCP, disk", "DCP, S3", "DCP, S3, s3torchconnector"
 LOAD_FILE, SAFE_OPEN, SNAPSHOT, NVRX = "safetensors load_file", "safetensors safe_open", "torchsnapshot", "NVRx"
 MEMCPY, TCP, RAW_GET = "memcpy", "loopback TCP", "raw ranged get"
+OWN_GET, HASHED_GET = "ranged get by our store", "hashed ranged get by our store"
 FLOORS = {
     **dict.fromkeys((MEMORY, ANEW, AT_ONCE, UNVERIFIED, DISK, TORCH, LOAD_FILE, SAFE_OPEN, SNAPSHOT, DCP, NVRX), MEMCPY),
-    PEER: TCP, S3: RAW_GET, DCP_S3: RAW_GET, CONNECTOR: RAW_GET,
+    PEER: TCP, **dict.fromkeys((S3, OWN_GET, HASHED_GET, DCP_S3, CONNECTOR), RAW_GET),
 }  # fmt: skip
 SEVERAL = {
     MEMCPY: [MEMCPY], TCP: [f"{TCP}, {n} streams" for n in STREAMS], RAW_GET: [f"{RAW_GET}, {n} threads" for n in GETS],
@@ -77,7 +79,7 @@ MODULES = {
 """What has to be installed for a way."""
 KEEPS: dict[str, tuple[str, float]] = {
     **dict.fromkeys((MEMORY, ANEW, AT_ONCE, UNVERIFIED, PEER), ("slots", 2.0)), DISK: ("our chunks", 1.0),
-    S3: ("our objects", 1.0), **dict.fromkeys(SEVERAL[RAW_GET], ("raw object", 1.0)), DCP_S3: ("DCP's objects", 1.0),
+    S3: ("our objects", 1.0), **dict.fromkeys((*SEVERAL[RAW_GET], OWN_GET, HASHED_GET), ("raw object", 1.0)), DCP_S3: ("DCP's objects", 1.0),
     CONNECTOR: ("the connector's objects", 1.0), TORCH: ("state.pt", 1.0), DCP: ("DCP's files", 1.0), NVRX: ("NVRx' files", 1.0),
     LOAD_FILE: ("state.safetensors", 1.0), SAFE_OPEN: ("state.safetensors", 1.0), SNAPSHOT: ("the snapshot", 1.0),
 }  # fmt: skip
@@ -264,8 +266,8 @@ class Setting:
         return peer
 
     @cached_property
-    def get(self) -> Callable[[int], None]:
-        return raw_get(self.endpoint, self.kept, self.targets)
+    def gets(self) -> dict[str, Callable[[int], None]]:
+        return gets(self.endpoint, self.kept, self.targets)
 
     def begin(self, what: str) -> Callable[[], object]:
         return lambda: self.agents.ask(what)
@@ -296,7 +298,9 @@ WAYS: dict[str, Callable[[Setting], Way]] = {
     S3: lambda s: Way(s.from_store(f"s3://{BUCKET}/ours?endpoint={s.endpoint}&region=us-east-1")),
     MEMCPY: lambda s: Way(lambda: copy_many(s.pairs, threads=THREADS)),
     **{f"{TCP}, {n} streams": lambda s, n=n: Way(lambda: s.peer.fetch(cut(s.targets), n)) for n in STREAMS},
-    **{f"{RAW_GET}, {n} threads": lambda s, n=n: Way(partial(s.get, n)) for n in GETS},
+    **{f"{RAW_GET}, {n} threads": lambda s, n=n: Way(partial(s.gets[RAW_GET], n)) for n in GETS},
+    OWN_GET: lambda s: Way(partial(s.gets[OWN_GET], max(GETS))),
+    HASHED_GET: lambda s: Way(partial(s.gets[HASHED_GET], max(GETS))),
     TORCH: lambda s: Way(restore_peers.torch_load(s.folder, s.state)),
     LOAD_FILE: lambda s: Way(restore_peers.safetensors_load_file(s.folder, s.state)),
     SAFE_OPEN: lambda s: Way(restore_peers.safetensors_safe_open(s.folder, s.state)),
@@ -335,21 +339,39 @@ def stored(model: Model, url: str) -> Origin:
     return Origin(found.version, found.world, parts=found.parts)
 
 
-def raw_get(endpoint: str, kept: Pool, targets: list[memoryview]) -> Callable[[int], None]:
-    """Ranged gets of one object by our client into the targets, which are in place, in pieces of a chunk."""
+def gets(endpoint: str, kept: Pool, targets: list[memoryview]) -> dict[str, Callable[[int], None]]:
+    """Ranged gets of one object into the targets, which are in place, in pieces of a chunk, by so many threads: with boto3 as
+    quick as it is without changing it, by our store, and by our store with a hash of each piece in the same thread."""
     store = S3Store(Bucket(BUCKET, "raw", endpoint, "us-east-1"))
     store.put("whole", kept.view)
+    client = tuned_client(endpoint)
     pieces, at = [], 0
     for view in targets:
         for run in cut([view]):
             pieces.append((at, run))
             at += run.nbytes
 
-    def get(threads: int) -> None:
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(lambda piece: store.readinto("whole", piece[1], start=piece[0]), pieces))
+    def raw(start: int, run: memoryview) -> None:
+        body = client.get_object(Bucket=BUCKET, Key="raw/whole", Range=f"bytes={start}-{start + run.nbytes - 1}")["Body"]
+        while run.nbytes and (count := body._raw_stream._fp.readinto(run)):
+            run = run[count:]
+        body._raw_stream.release_conn()
 
-    return get
+    def own(start: int, run: memoryview) -> None:
+        store.readinto("whole", run, start=start)
+
+    def hashed(start: int, run: memoryview) -> None:
+        own(start, run)
+        blake3(run, max_threads=1).digest()
+
+    def by_threads(one: Callable[[int, memoryview], None]) -> Callable[[int], None]:
+        def get(threads: int) -> None:
+            with ThreadPoolExecutor(threads) as pool:
+                list(pool.map(lambda piece: one(*piece), pieces))
+
+        return get
+
+    return {RAW_GET: by_threads(raw), OWN_GET: by_threads(own), HASHED_GET: by_threads(hashed)}
 
 
 def compete(ways: dict[str, Way], setting: Setting, rounds: int) -> dict[str, str]:
@@ -498,12 +520,15 @@ def of_manifests(manifests: list[Manifests]) -> dict[str, Any]:
 def result(took: Took, ahead: list[float], size: int) -> dict[str, Any]:
     """What the last line has of the ways; of what is compared, as far as it was measured."""
     keys = {"memory_s": MEMORY, "memory_at_once_s": AT_ONCE, "memory_unverified_s": UNVERIFIED, "memcpy_s": MEMCPY,
-            "peer_s": PEER, "tcp_s": TCP, "disk_s": DISK, "s3_s": S3, "raw_get_s": RAW_GET, "dcp_s3_s": DCP_S3,
+            "peer_s": PEER, "tcp_s": TCP, "disk_s": DISK, "s3_s": S3, "raw_get_s": RAW_GET, "own_get_s": OWN_GET,
+            "hashed_get_s": HASHED_GET, "dcp_s3_s": DCP_S3,
             "dcp_disk_s": DCP, "torch_load_s": TORCH}  # fmt: skip
     found: dict[str, Any] = {key: median(took[name]["wall_s"]) for key, name in keys.items() if name in took}
     ratios = {"memory_ratio": MEMORY, "peer_ratio": PEER, "s3_ratio": S3}
     found |= {key: took[name]["floor_s"][0] / median(took[name]["wall_s"]) for key, name in ratios.items()
               if "floor_s" in took.get(name, {})}  # fmt: skip
+    if {"hashed_get_s", "s3_s"} <= found.keys():
+        found["s3_hashed_ratio"] = found["hashed_get_s"] / found["s3_s"]
     if {"dcp_s3_s", "s3_s"} <= found.keys():
         found["dcp_s3_times"] = found["dcp_s3_s"] / found["s3_s"]
     return {**found, "bytes": size, "all": took, **({"hashed_ahead_s": median(ahead)} if ahead else {})}

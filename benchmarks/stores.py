@@ -94,13 +94,7 @@ def of_plain_boto3(endpoint: str, pieces: Pieces) -> dict[str, Move]:
 
 def of_tuned_boto3(endpoint: str, pieces: Pieces) -> dict[str, Move]:
     """The same client without checksums and payload signature; bodies and answers as streams."""
-    from botocore.config import Config
-
-    config = Config(
-        max_pool_connections=64, signature_version="s3v4", request_checksum_calculation="when_required",
-        response_checksum_validation="when_required", s3={"payload_signing_enabled": False, "addressing_style": "path"},
-    )  # fmt: skip
-    client = make_client(endpoint, config)
+    client = tuned_client(endpoint)
 
     def put(index: int) -> None:
         client.put_object(Bucket=BUCKET, Key=f"tuned/{index:04d}", Body=io.BytesIO(pieces.source(index)))
@@ -112,6 +106,17 @@ def of_tuned_boto3(endpoint: str, pieces: Pieces) -> dict[str, Move]:
             view = view[count:]
 
     return {"put": put, "get": get}
+
+
+def tuned_client(endpoint: str) -> Any:
+    """boto3's client with no checksums and no payload signature."""
+    from botocore.config import Config
+
+    config = Config(
+        max_pool_connections=64, signature_version="s3v4", request_checksum_calculation="when_required",
+        response_checksum_validation="when_required", s3={"payload_signing_enabled": False, "addressing_style": "path"},
+    )  # fmt: skip
+    return make_client(endpoint, config)
 
 
 def of_disk(folder: Path, pieces: Pieces) -> dict[str, Move]:
