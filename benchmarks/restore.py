@@ -79,7 +79,8 @@ MODULES = {
 """What has to be installed for a way."""
 KEEPS: dict[str, tuple[str, float]] = {
     **dict.fromkeys((MEMORY, ANEW, AT_ONCE, UNVERIFIED, PEER), ("slots", 2.0)), DISK: ("our chunks", 1.0),
-    S3: ("our objects", 1.0), **dict.fromkeys((*SEVERAL[RAW_GET], OWN_GET, HASHED_GET), ("raw object", 1.0)), DCP_S3: ("DCP's objects", 1.0),
+    S3: ("our objects", 1.0), **dict.fromkeys((*SEVERAL[RAW_GET], OWN_GET, HASHED_GET), ("raw object", 1.0)),
+    DCP_S3: ("DCP's objects", 1.0),
     CONNECTOR: ("the connector's objects", 1.0), TORCH: ("state.pt", 1.0), DCP: ("DCP's files", 1.0), NVRX: ("NVRx' files", 1.0),
     LOAD_FILE: ("state.safetensors", 1.0), SAFE_OPEN: ("state.safetensors", 1.0), SNAPSHOT: ("the snapshot", 1.0),
 }  # fmt: skip

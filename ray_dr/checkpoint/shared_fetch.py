@@ -39,10 +39,10 @@ from ray_dr.stores.wire import Connection, Header
 
 POOL_BYTES = 256 * 2**20
 """At most so much memory for chunks on their way to the ranks."""
-KEPT_BYTES = 64 * 2**20
+KEPT_BYTES = 128 * 2**20
 """So much of it is taken at once, and kept for the next restore; more when a fetch found no place for GROW_S. Fresh memory
 costs as much time as a chunk's fetch and hash."""
-GROW_S = 0.05
+GROW_S = 0.01
 PAGE_BYTES = 4096
 ID_BYTES = 32
 GATHER_S = 5.0

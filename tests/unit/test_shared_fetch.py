@@ -66,6 +66,7 @@ class Reads:
 
     store: Counter[str] = field(default_factory=Counter)
     peer: Counter[int] = field(default_factory=Counter)
+    lists: Counter[str] = field(default_factory=Counter)
 
 
 @pytest.fixture(autouse=True)
@@ -79,12 +80,17 @@ def patient(monkeypatch: pytest.MonkeyPatch) -> None:
 def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
     found = Reads()
     lock = threading.Lock()
-    readinto, answer = MemoryStore.readinto, Agent._answer
+    readinto, answer, get = MemoryStore.readinto, Agent._answer, MemoryStore.get
 
     def count_store(self: MemoryStore, key: str, into: memoryview, *, start: int = 0) -> None:
         with lock:
             found.store[key.rpartition("/")[2]] += 1
         readinto(self, key, into, start=start)
+
+    def count_list(self: MemoryStore, key: str, *, start: int = 0, size: int | None = None) -> bytes:
+        with lock:
+            found.lists[key] += 1
+        return get(self, key, start=start, size=size)
 
     def count_peer(self: Agent, connection: Connection, header: dict[str, Any]) -> None:
         if header["op"] == "read":
@@ -93,6 +99,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
         answer(self, connection, header)
 
     monkeypatch.setattr(MemoryStore, "readinto", count_store)
+    monkeypatch.setattr(MemoryStore, "get", count_list)
     monkeypatch.setattr(Agent, "_answer", count_peer)
     return found
 
@@ -616,4 +623,5 @@ def test_a_data_parallel_state_of_which_half_lies_elsewhere_crosses_the_network_
     assert link.records == []
     assert total == {"memory": LOCALS * mine.size, kind: theirs.size, "shared": (LOCALS - 1) * theirs.size}
     chunks = len(theirs.chunks)
+    assert reads.lists == {ref.key: LOCALS for ref in refs}, "each rank reads each list once"
     assert (reads.peer.total(), reads.store.total()) == ((chunks, 0) if kind == "peer" else (0, chunks))
