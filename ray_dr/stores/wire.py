@@ -26,6 +26,7 @@ from typing import Any
 from ray_dr.errors import AccessDenied, StoreError, StoreUnavailable
 
 HEADER = struct.Struct(">IQ")
+TIMEVAL = struct.Struct("@ll")
 HEADER_MAX_BYTES = 64 * 2**20
 PAYLOAD_MAX_BYTES = 256 * 2**20
 NONCE_BYTES = 16
@@ -63,7 +64,7 @@ class Connection:
                 if len(payload):
                     self._sock.sendall(payload)
             except OSError as error:
-                raise StoreUnavailable(f"connection to {self.peer} broke: {error}") from error
+                raise self._broken(error) from error
 
     def receive(self) -> tuple[Header, int]:
         """The next frame's header and the length of its payload, which the caller must then read (bytes).
@@ -85,9 +86,9 @@ class Connection:
         done = 0
         while done < len(into):
             try:
-                count = self._sock.recv_into(into[done:])
+                count = self._sock.recv_into(into[done:], 0, socket.MSG_WAITALL)  # not a wake-up per packet
             except OSError as error:
-                raise StoreUnavailable(f"connection to {self.peer} broke: {error}") from error
+                raise self._broken(error) from error
             if count == 0:
                 raise StoreUnavailable(f"connection to {self.peer} was closed")
             done += count
@@ -101,14 +102,23 @@ class Connection:
         return answer, size
 
     def timeout(self, seconds: float | None) -> None:
-        """Let every later receive fail after so long without a byte (None: wait for ever)."""
-        self._sock.settimeout(seconds)
+        """Let every later receive fail after so long without a byte, and a send that finds no room (None: wait for ever).
+
+        By the kernel: a socket with a time-out of Python's does not block, and gives its bytes a few at a time.
+        """
+        limit = TIMEVAL.pack(*divmod(0 if seconds is None else max(1, round(seconds * 1e6)), 1_000_000))
+        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+            self._sock.setsockopt(socket.SOL_SOCKET, option, limit)
 
     def close(self) -> None:
         """End it; a thread that waits in receive gets StoreUnavailable."""
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
         self._sock.close()
+
+    def _broken(self, error: OSError) -> StoreUnavailable:
+        why = "timed out" if isinstance(error, BlockingIOError) else error
+        return StoreUnavailable(f"connection to {self.peer} broke: {why}")
 
     def _exactly(self, size: int) -> bytearray:
         data = bytearray(size)

@@ -206,3 +206,24 @@ def test_a_peer_that_stays_silent_is_given_up_after_the_timeout(server: Server) 
     with pytest.raises(StoreUnavailable, match="timed out"):
         connection.receive()
     connection.close()
+
+
+def test_a_send_that_finds_no_room_is_given_up_after_the_timeout() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        connection = Connection(socket.create_connection(listening.getsockname()))
+        connection.timeout(0.05)
+        with pytest.raises(StoreUnavailable, match="timed out"):
+            connection.send({}, bytes(2**26))  # nobody reads it
+        connection.close()
+
+
+def test_without_a_timeout_any_longer_a_receive_waits_for_ever(server: Server) -> None:
+    connection = connect(server.address, TOKEN)
+    connection.timeout(0.01)
+    connection.timeout(None)
+    timer = threading.Timer(0.1, connection.close)
+    timer.start()
+    with pytest.raises(StoreUnavailable) as raised:
+        connection.receive()
+    assert "timed out" not in str(raised.value)
+    timer.join()
