@@ -4,7 +4,7 @@ It is a process of its own, so a snapshot outlives the worker that took it. Work
 through one authenticated server (`stores.wire`); a closed connection is the fastest news of a death there is.
 
     worker      "worker" then "pool", "staged", "step", "record", "event", "heal"; the agent answers "pool" and "free"
-    restore     "part", "place", "read" (from anywhere); "share", "take" (by ranks of this node: `shared_fetch`)
+    restore     "part", "where", "place", "read" (from anywhere); "share", "take" (by ranks of this node: `shared_fetch`)
     peer        "hold" (a copy arrives), "mend" (a chunk of one once more)
     supervisor  "watch": from then on reports flow, each with a number; "ack" lets the agent forget them
 """
@@ -285,6 +285,8 @@ class Agent:
                 connection.send({"part": describe(holding.part)})
             elif header["op"] == "place":
                 connection.send({**_place(holding), "good": list(self.verified.good(holding).items())})
+            elif header["op"] == "where":
+                connection.send({**_place(holding), "good": []})
             elif header["op"] == "read":
                 size = min(header["size"], READ_MAX_BYTES)
                 connection.send({"size": size}, holding.view[header["start"] : header["start"] + size])
@@ -294,8 +296,8 @@ class Agent:
     def _answer_from_disk(self, connection: Connection, header: Header, disk: LocalDisk, part: Part) -> None:
         if header["op"] == "part":
             connection.send({"part": describe(part)})
-        elif header["op"] == "place":
-            connection.send({"path": "", "offset": 0, "good": []})
+        elif header["op"] in ("where", "place"):
+            connection.send({"path": ""})
         elif header["op"] == "read":
             piece = memoryview(bytearray(min(header["size"], READ_MAX_BYTES)))
             try:
@@ -384,7 +386,7 @@ def _places(to: Header) -> Places:
 def _place(holding: Holding) -> Header:
     """Where a process of this node can map a holding."""
     offset = holding.slot.index * len(holding.slot.view) if holding.slot else 0
-    return {"path": holding.pool.path, "offset": offset}
+    return {"path": holding.pool.path, "offset": offset, "size": len(holding.view)}
 
 
 def outlive_nobody(agent: Agent) -> None:

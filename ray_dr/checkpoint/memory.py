@@ -135,6 +135,15 @@ def touch(view: memoryview, *, threads: int = 2) -> None:
         list(pool.map(lambda run: run.fill(0), np.array_split(pages, threads)))
 
 
+def meet(view: memoryview, stop: threading.Event) -> None:
+    """Read of every page of mapped memory, so that it is in this process's page table; until then, or until `stop`."""
+    data = np.frombuffer(view, np.uint8)
+    for at in range(0, len(data), SPLIT_BYTES):
+        if stop.is_set():
+            return
+        data[at : at + SPLIT_BYTES : mmap.PAGESIZE].max()
+
+
 def copy_into(into: memoryview, data: memoryview) -> None:
     """Copy bytes; both are contiguous and of the same length. The GIL is released.
 

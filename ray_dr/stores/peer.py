@@ -17,13 +17,14 @@ ANSWER_S = 30.0
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a part's stream lies: `offset` bytes into the shared memory at `path`.
+    """Where a part's stream of `size` bytes lies: `offset` bytes into the shared memory at `path`.
 
     good    place in the stream -> id of the chunks that the agent found good since it was told what is to be restored
     """
 
     path: str
     offset: int
+    size: int
     good: dict[int, str]
 
 
@@ -41,11 +42,20 @@ class PeerReader:
         return dict(header["part"])
 
     def place(self, version: VersionId, rank: int) -> Place | None:
-        """What to map, for a process on the agent's own node; None when it lies in no shared memory."""
-        header, _ = self._ask({"op": "place", "version": codec.to_json(version), "rank": rank}, ())
+        """What to map, for a process on the agent's own node; None when it lies in no shared memory. The answer waits until
+        the agent has looked through it."""
+        return self._place("place", version, rank)
+
+    def where(self, version: VersionId, rank: int) -> Place | None:
+        """As `place`, at once: what of it is good is not said."""
+        return self._place("where", version, rank)
+
+    def _place(self, ask: str, version: VersionId, rank: int) -> Place | None:
+        header, _ = self._ask({"op": ask, "version": codec.to_json(version), "rank": rank}, ())
         if not header["path"]:
             return None
-        return Place(str(header["path"]), int(header["offset"]), {int(at): str(id) for at, id in header["good"]})
+        good = {int(at): str(id) for at, id in header["good"]}
+        return Place(str(header["path"]), int(header["offset"]), int(header["size"]), good)
 
     def source(self, version: VersionId, rank: int) -> PeerSource:
         """A source of this part's bytes."""

@@ -16,19 +16,25 @@ from ray_dr.checkpoint.memory import attach
 from ray_dr.checkpoint.sealing import Same
 from ray_dr.errors import ConfigError, StoreError
 from ray_dr.model import codec
+from ray_dr.model.attempt import Assignment
 from ray_dr.model.checkpoint import Part, StepRecord, VersionId
 from ray_dr.model.journal import Record
 from ray_dr.model.recovery import Event
 from ray_dr.stores.wire import connect
 from ray_dr.train.beacon import Beacon
+from ray_dr.train.pools import Pools
 from ray_dr.train.staging import pin
 
 
 class Link:
-    """Thread-safe. One per worker process; its closing is how the agent knows at once that the process is gone."""
+    """Thread-safe. One per worker process; its closing is how the agent knows at once that the process is gone.
+
+    pools   the agent's memory as far as it is mapped to restore from, beside what is staged into
+    """
 
     def __init__(self, agent: str, token: bytes, worker: str, pid: int) -> None:
         self._connection = connect(agent, token)
+        self.pools = Pools()
         self._changed = threading.Condition()
         self._slots: list[memoryview] = []
         self._whole = memoryview(b"")
@@ -62,6 +68,7 @@ class Link:
 
     def reset(self) -> None:
         """A new attempt: slots must be asked for again, in the size of its plan."""
+        self.pools.drop()
         with self._changed:
             self._asked, self._answered = -1, False
             self._free.clear()
@@ -80,6 +87,10 @@ class Link:
             self._free.discard(index)
             self._taken[index] = self._path
             return index, self._slots[index]
+
+    def map_ahead(self, a: Assignment, token: bytes) -> threading.Thread:
+        """Map what the attempt will restore from of this node's memory, in the thread that is given."""
+        return self.pools.ahead(a, token, own=self._path)
 
     def mapped(self, path: str, size: int) -> memoryview | None:
         """The first `size` bytes of the pool at `path`, if this process has mapped it to stage into."""
@@ -126,6 +137,7 @@ class Link:
     def close(self) -> None:
         """The process is through with its agent."""
         self.beacon.close()
+        self.pools.drop()
         self._connection.close()
 
     def _listen(self) -> None:

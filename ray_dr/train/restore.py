@@ -14,7 +14,6 @@ import torch
 from ray_dr.checkpoint.described import parse
 from ray_dr.checkpoint.healing import Damages
 from ray_dr.checkpoint.local_disk import LocalDisk
-from ray_dr.checkpoint.memory import attach
 from ray_dr.checkpoint.reader import Kind, MemorySource, Source, StoreSource, read_state
 from ray_dr.checkpoint.restore_plan import build_index, plan_restore
 from ray_dr.checkpoint.shared_source import Sharing
@@ -35,6 +34,13 @@ LISTS_AT_ONCE = 8
 
 def restore(a: Assignment, objects: Mapping[str, Any], token: bytes, store: Store, link: Link) -> Restored:
     """Load the attempt's version into the objects. Raises IncompatibleState before anything is overwritten."""
+    try:
+        return _restore(a, objects, token, store, link)
+    finally:
+        link.pools.drop()
+
+
+def _restore(a: Assignment, objects: Mapping[str, Any], token: bytes, store: Store, link: Link) -> Restored:
     assert a.origin is not None
     begun = time.monotonic()
     readers = _Readers(a, token, link)
@@ -48,6 +54,7 @@ def restore(a: Assignment, objects: Mapping[str, Any], token: bytes, store: Stor
         damages = Damages(a.agent, a.origin.version)
         with Sharing(a.agent, token, restore=str(a.attempt), local=a.local_rank, of=a.local_world) as sharing:
             sources = sharing.join(parts, buffers, sources)
+            link.pools.stop()
             counted = read_state(
                 parts, buffers, sources, on_corrupt=lambda error: _note(link, a, error), on_bad=damages.add
             )
@@ -150,7 +157,7 @@ class _Readers:
             end = place.offset + part.size
             whole = self._link.mapped(place.path, end)
             if whole is None:
-                whole = attach(place.path, end, populate=False)
+                whole = self._link.pools.view(place.path, end)
             return MemorySource(whole[place.offset : end], good=place.good)
         in_memory = address in self._origin.holders.get(str(part.rank), ())
         if own and not in_memory and self._a.disk:

@@ -71,6 +71,7 @@ class Session:
                 return False
             self._control.abort()
             breaker, rendezvous = self._breaker, self._assignment.rendezvous
+        self._link.pools.drop()
         breaker.abort(rendezvous)
         return True
 
@@ -110,6 +111,7 @@ class Session:
         try:
             self._link.reset()
             self._link.beacon.begin(a.attempt, a.rank)
+            self._link.map_ahead(a, self._token)
             self._attempt(a, control)
             outcome = WorkerReturned(time.time(), a.worker, a.attempt, control.step)
         except StopAttempt:
@@ -120,6 +122,7 @@ class Session:
         self._link.beacon.enter(WorkerPhase.DONE)
         with contextlib.suppress(RuntimeError):  # a broken group may complain: the outcome is told all the same
             collectives.leave()
+        self._link.pools.drop()  # a program that restored nothing
         gc.collect()
         self._link.event(outcome)
 

@@ -40,6 +40,7 @@ from ray_dr.stores.memory import MemoryStore
 from ray_dr.stores.open import open_store
 from ray_dr.stores.peer import PeerReader
 from ray_dr.stores.wire import Connection
+from ray_dr.train.pools import Pools
 from ray_dr.train.restore import restore
 from tests.unit.laid_out import (
     CHUNK,
@@ -578,6 +579,7 @@ class Records:
 
     def __init__(self) -> None:
         self.records: list[Record] = []
+        self.pools = Pools()
 
     def record(self, record: Record) -> None:
         self.records.append(record)

@@ -22,7 +22,9 @@ from ray_dr.model.checkpoint import PartRef, VersionId
 from ray_dr.stores.wire import connect
 from ray_dr.train.data import StepBatch
 from ray_dr.train.session import normalise
-from tests.unit.train_programs import GUARD_S, TOKEN, Program, answer, host_session, misuse, walk
+from tests.unit.laid_out import VERSION, hold, saved, wait_until
+from tests.unit.test_pools import mapped
+from tests.unit.train_programs import GUARD_S, TOKEN, Program, answer, host_session, linger, misuse, walk
 
 pytestmark = pytest.mark.slow
 
@@ -214,6 +216,18 @@ def test_an_error_of_the_program_is_reported_without_what_changes_from_run_to_ru
     raised = stage.wait_for("WorkerRaised", "w0")
     assert (raised["error"], raised["collateral"]) == ("ValueError: bad luck at #", False)
     assert raised["step"] == 2
+
+
+def test_what_is_mapped_for_a_restore_that_does_not_come_goes_with_the_attempt(stage: Stage) -> None:
+    stage.add(1, linger)
+    hold(stage.agent, *saved())
+    pid = stage.workers[0].pid
+    assert mapped(pid) == []
+    stage.start(1, [0], Origin(VERSION, 1, {"0": (stage.agent.address,)}))
+    wait_until(lambda: mapped(pid) != [])
+    assert stage.ask(0, "abort", 1)
+    wait_until(lambda: mapped(pid) == [])
+    assert stage.ask(0, "status")["running"]
 
 
 def test_taking_micro_batches_for_a_batch_says_what_to_write(stage: Stage) -> None:

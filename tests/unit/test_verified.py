@@ -25,6 +25,8 @@ from ray_dr.train.link import Link
 from ray_dr.train.restore import restore
 from ray_dr.train.staging import Planner, stage
 from ray_dr.train.state import flatten
+from tests.unit.test_pools import assignment
+from tests.unit.test_pools import mapped as mappings
 
 TOKEN = b"secret"
 WAIT_S = 60.0
@@ -238,5 +240,9 @@ def test_the_pool_that_a_worker_stages_into_is_mapped_once(node: Node) -> None:
     holding = node.agent.vault.read(V1, 0)
     assert np.array_equal(np.frombuffer(mapped[place.offset :], np.uint8), np.frombuffer(holding.view, np.uint8))
     node.agent.vault.done(holding)
+    before = mappings()
+    origin = Origin(V1, 1, {"0": (node.agent.address,)})
+    node.link.map_ahead(assignment(node.agent.address, origin), TOKEN).join()
+    assert mappings() == before
     assert node.link.mapped(place.path, 2**40) is None
     assert node.link.mapped("/proc/1/fd/3", 1) is None

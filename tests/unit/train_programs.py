@@ -270,6 +270,11 @@ def misuse(ctx: Context) -> None:
         nn.functional.mse_loss(model(x), y).backward()
 
 
+def linger(ctx: Context) -> None:
+    """Never restores, and hears of no abort."""
+    threading.Event().wait()
+
+
 def host_session(pipe: Pipe, name: str, agent: str, program: Program) -> None:
     """A worker process without Ray: a session that does what the pipe says, one (method, arguments) at a time."""
     from ray_dr.train.session import Session
