@@ -16,6 +16,7 @@ import tempfile
 import threading
 import time
 import traceback
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -58,14 +59,14 @@ PARTS = ("ways", "worlds", "manifests")
 WORLDS_BYTES = 512 * 2**20
 """The most that is read on other world sizes."""
 MEMORY, AT_ONCE, UNVERIFIED = "ray_dr, own memory", "ray_dr, own memory, asked at once", "ray_dr, own memory, all hashed then"
-ANEW = "ray_dr, own memory, a new process"
+ANEW, COLD = "ray_dr, own memory, a new process", "ray_dr, own memory, a new process, mapped then"
 PEER, DISK, S3 = "ray_dr, peer", "ray_dr, disk", "ray_dr, S3"
 TORCH, DCP, DCP_S3, CONNECTOR = "torch.load", "DCP, disk", "DCP, S3", "DCP, S3, s3torchconnector"
 LOAD_FILE, SAFE_OPEN, SNAPSHOT, NVRX = "safetensors load_file", "safetensors safe_open", "torchsnapshot", "NVRx"
 MEMCPY, TCP, RAW_GET = "memcpy", "loopback TCP", "raw ranged get"
 OWN_GET, HASHED_GET = "ranged get by our store", "hashed ranged get by our store"
 FLOORS = {
-    **dict.fromkeys((MEMORY, ANEW, AT_ONCE, UNVERIFIED, DISK, TORCH, LOAD_FILE, SAFE_OPEN, SNAPSHOT, DCP, NVRX), MEMCPY),
+    **dict.fromkeys((MEMORY, ANEW, COLD, AT_ONCE, UNVERIFIED, DISK, TORCH, LOAD_FILE, SAFE_OPEN, SNAPSHOT, DCP, NVRX), MEMCPY),
     PEER: TCP, **dict.fromkeys((S3, OWN_GET, HASHED_GET, DCP_S3, CONNECTOR), RAW_GET),
 }  # fmt: skip
 SEVERAL = {
@@ -78,7 +79,7 @@ MODULES = {
 }  # fmt: skip
 """What has to be installed for a way."""
 KEEPS: dict[str, tuple[str, float]] = {
-    **dict.fromkeys((MEMORY, ANEW, AT_ONCE, UNVERIFIED, PEER), ("slots", 2.0)), DISK: ("our chunks", 1.0),
+    **dict.fromkeys((MEMORY, ANEW, COLD, AT_ONCE, UNVERIFIED, PEER), ("slots", 2.0)), DISK: ("our chunks", 1.0),
     S3: ("our objects", 1.0), **dict.fromkeys((*SEVERAL[RAW_GET], OWN_GET, HASHED_GET), ("raw object", 1.0)),
     DCP_S3: ("DCP's objects", 1.0),
     CONNECTOR: ("the connector's objects", 1.0), TORCH: ("state.pt", 1.0), DCP: ("DCP's files", 1.0), NVRX: ("NVRx' files", 1.0),
@@ -102,11 +103,27 @@ class Model(torch.nn.Module):
 
 @dataclass(frozen=True)
 class Way:
-    """One way to fill the tensors. `prepare` is not timed."""
+    """One way to fill the tensors. `prepare` is not timed; of `after`, only the processor time counts."""
 
     run: Callable[[], object]
     prepare: Callable[[], object] = lambda: None
+    after: Callable[[], object] = lambda: None
     took: dict[str, list[float]] = field(default_factory=lambda: {"wall_s": [], "cpu_s": []})
+
+
+class Ahead(defaultdict[str, list[float]]):
+    """Seconds that what precedes a restore took in each round, by the last line's names: hashing in the agent, mapping in the
+    worker."""
+
+    def __init__(self) -> None:
+        super().__init__(list)
+
+
+def unmapped() -> None:
+    """Wait until what a restore had mapped is let go, which happens in a thread."""
+    for thread in threading.enumerate():
+        if thread.name == "unmap":
+            thread.join()
 
 
 class Agents:
@@ -119,7 +136,7 @@ class Agents:
         self._process.start()
         self.address = self._pipe.recv()
         self.link = Link(self.address, TOKEN, "w0", os.getpid())
-        self.other = Link(self.address, TOKEN, "w1", os.getpid())  # that of a worker that has mapped nothing yet
+        self.other = Link(self.address, TOKEN, "w1", os.getpid())  # that of a worker that has staged nothing yet
         self._model = model
 
     @cached_property
@@ -251,8 +268,7 @@ class Setting:
             self.copies[name] = torch.frombuffer(self.pairs[-1][1], dtype=tensor.dtype)
             at += view.nbytes
         copy_many([(copy, view) for view, copy in self.pairs], threads=THREADS)
-        self.ahead: list[float] = []
-        """Seconds that hashing ahead took."""
+        self.ahead = Ahead()
 
     @cached_property
     def agents(self) -> Agents:
@@ -274,12 +290,21 @@ class Setting:
         return lambda: self.agents.ask(what)
 
     def begin_ahead(self) -> None:
-        self.ahead.append(self.agents.ask("ahead"))
+        self.ahead["hashed_ahead_s"].append(self.agents.ask("ahead"))
+
+    def map_ahead(self) -> None:
+        self.begin_ahead()
+        begun = time.perf_counter()
+        self.agents.other.map_ahead(assignment(self.agents.address, self._held), TOKEN).join()
+        self.ahead["mapped_ahead_s"].append(time.perf_counter() - begun)
+
+    @property
+    def _held(self) -> Origin:
+        return Origin(self.agents.version, 1, {"0": (self.agents.address,)})
 
     def from_memory(self, agent: str = "", link: Link | None = None) -> Callable[[], object]:
         """Restore from the agent's memory: as the worker beside it, or as one somewhere else (no `agent`)."""
-        held = Origin(self.agents.version, 1, {"0": (self.agents.address,)})
-        return self._restore(agent, held, f"file://{self.folder}/agent", link or self.agents.link)
+        return self._restore(agent, self._held, f"file://{self.folder}/agent", link or self.agents.link)
 
     def from_store(self, url: str) -> Callable[[], object]:
         return self._restore("", stored(self.model, url), url, self.agents.link)
@@ -291,7 +316,8 @@ class Setting:
 
 WAYS: dict[str, Callable[[Setting], Way]] = {
     MEMORY: lambda s: Way(s.from_memory(s.agents.address), s.begin_ahead),
-    ANEW: lambda s: Way(s.from_memory(s.agents.address, s.agents.other), s.begin_ahead),
+    ANEW: lambda s: Way(s.from_memory(s.agents.address, s.agents.other), s.map_ahead, unmapped),
+    COLD: lambda s: Way(s.from_memory(s.agents.address, s.agents.other), s.begin_ahead, unmapped),
     AT_ONCE: lambda s: Way(s.from_memory(s.agents.address), s.begin("at once")),
     UNVERIFIED: lambda s: Way(s.from_memory(s.agents.address), s.begin("none")),
     PEER: lambda s: Way(s.from_memory(), s.begin("none")),
@@ -390,7 +416,9 @@ def compete(ways: dict[str, Way], setting: Setting, rounds: int) -> dict[str, st
                 gc.collect()
                 wall, cpu = time.perf_counter(), time.process_time()
                 ways[name].run()
-                wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+                wall = time.perf_counter() - wall
+                ways[name].after()
+                cpu = time.process_time() - cpu
                 if number:
                     ways[name].took["wall_s"].append(wall)
                     ways[name].took["cpu_s"].append(cpu)
@@ -424,11 +452,11 @@ def _measure(names: list[str], size: int, rounds: int, endpoint: str, folder: st
 Took = dict[str, dict[str, list[float]]]
 
 
-def measure(groups: list[list[str]], size: int, rounds: int) -> tuple[Took, list[float], dict[str, str]]:
-    """Way -> what each round took, floors at their fastest, and `floor_s`, that of its group; the seconds that hashing ahead
-    took; and what failed, and why."""
+def measure(groups: list[list[str]], size: int, rounds: int) -> tuple[Took, Ahead, dict[str, str]]:
+    """Way -> what each round took, floors at their fastest, and `floor_s`, that of its group; the seconds of what was
+    done ahead; and what failed, and why."""
     took: Took = {}
-    ahead, failures = list[float](), dict[str, str]()
+    ahead, failures = Ahead(), dict[str, str]()
     for number, names in enumerate(groups):
         say(f"  group {number + 1} of {len(groups)}: {'; '.join(names)}")
         with tempfile.TemporaryDirectory(prefix="rdr-") as folder, s3_endpoint("small", Path(folder)) as endpoint:
@@ -436,7 +464,8 @@ def measure(groups: list[list[str]], size: int, rounds: int) -> tuple[Took, list
         if "failed" in told:
             failures |= dict.fromkeys((name for name in names if name not in took), told["failed"])
             continue
-        ahead += told["ahead"]
+        for key, values in told["ahead"].items():
+            ahead[key] += values
         failures |= told["failures"]
         for name, each in told["took"].items():
             beside = [told["took"][floor] for floor in SEVERAL.get(FLOORS.get(name, ""), []) if floor in told["took"]]
@@ -489,7 +518,7 @@ def main() -> None:
         left_out += [no_room(name, size, times) for name, times in large.items()]
         took, ahead, failures = measure(groups, size, asked.rounds)
         print(table(["way", "s (median / p95)", "GB/s", "cpu-s/GB", "speed"], list(rows(took, size, failures))))
-        print(f"{size / 2**20:.0f} MB" + (f"; hashed ahead, in the agent: {median(ahead):.3f} s" if ahead else ""))
+        print(f"{size / 2**20:.0f} MB" + "".join(f"; {key}: {median(each):.3f}" for key, each in ahead.items()))
         print("".join(f"{line}\n" for line in left_out), end="")
         found |= {**result(took, ahead, size), "failures": failures, "left_out": left_out}
     if "worlds" in parts:
@@ -518,21 +547,22 @@ def of_manifests(manifests: list[Manifests]) -> dict[str, Any]:
     return {"manifest_100k_s": max(each.total_s for each in manifests), "manifests": [each.row for each in manifests]}
 
 
-def result(took: Took, ahead: list[float], size: int) -> dict[str, Any]:
+def result(took: Took, ahead: Mapping[str, list[float]], size: int) -> dict[str, Any]:
     """What the last line has of the ways; of what is compared, as far as it was measured."""
     keys = {"memory_s": MEMORY, "memory_at_once_s": AT_ONCE, "memory_unverified_s": UNVERIFIED, "memcpy_s": MEMCPY,
+            "new_process_s": ANEW, "new_process_cold_s": COLD,
             "peer_s": PEER, "tcp_s": TCP, "disk_s": DISK, "s3_s": S3, "raw_get_s": RAW_GET, "own_get_s": OWN_GET,
             "hashed_get_s": HASHED_GET, "dcp_s3_s": DCP_S3,
             "dcp_disk_s": DCP, "torch_load_s": TORCH}  # fmt: skip
     found: dict[str, Any] = {key: median(took[name]["wall_s"]) for key, name in keys.items() if name in took}
-    ratios = {"memory_ratio": MEMORY, "peer_ratio": PEER, "s3_ratio": S3}
+    ratios = {"memory_ratio": MEMORY, "new_process_ratio": ANEW, "new_process_cold_ratio": COLD, "peer_ratio": PEER, "s3_ratio": S3}
     found |= {key: took[name]["floor_s"][0] / median(took[name]["wall_s"]) for key, name in ratios.items()
               if "floor_s" in took.get(name, {})}  # fmt: skip
     if {"hashed_get_s", "s3_s"} <= found.keys():
         found["s3_hashed_ratio"] = found["hashed_get_s"] / found["s3_s"]
     if {"dcp_s3_s", "s3_s"} <= found.keys():
         found["dcp_s3_times"] = found["dcp_s3_s"] / found["s3_s"]
-    return {**found, "bytes": size, "all": took, **({"hashed_ahead_s": median(ahead)} if ahead else {})}
+    return {**found, "bytes": size, "all": took, **{key: median(each) for key, each in ahead.items()}}
 
 
 if __name__ == "__main__":
