@@ -555,7 +555,8 @@ def result(took: Took, ahead: Mapping[str, list[float]], size: int) -> dict[str,
             "hashed_get_s": HASHED_GET, "dcp_s3_s": DCP_S3,
             "dcp_disk_s": DCP, "torch_load_s": TORCH}  # fmt: skip
     found: dict[str, Any] = {key: median(took[name]["wall_s"]) for key, name in keys.items() if name in took}
-    ratios = {"memory_ratio": MEMORY, "new_process_ratio": ANEW, "new_process_cold_ratio": COLD, "peer_ratio": PEER, "s3_ratio": S3}
+    ratios = {"memory_ratio": MEMORY, "new_process_ratio": ANEW, "new_process_cold_ratio": COLD, "peer_ratio": PEER,
+              "s3_ratio": S3}  # fmt: skip
     found |= {key: took[name]["floor_s"][0] / median(took[name]["wall_s"]) for key, name in ratios.items()
               if "floor_s" in took.get(name, {})}  # fmt: skip
     if {"hashed_get_s", "s3_s"} <= found.keys():

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from blake3 import blake3
 
+from ray_dr.checkpoint.listed import ListedSource
 from ray_dr.checkpoint.reader import Source, StoreSource
 from ray_dr.errors import CorruptChunk, StoreError
 from ray_dr.model.checkpoint import Chunk, VersionId
@@ -39,6 +40,11 @@ Copy = HeldCopy | StoredCopy
 
 def locate(source: Source, chunk: Chunk) -> Copy | None:
     """Where a source has a chunk; None when no other process could be told, or the source names no such chunk."""
+    if isinstance(source, ListedSource):
+        try:
+            source = source.opened()
+        except StoreError:
+            return None
     if isinstance(source, PeerSource):
         return HeldCopy(source.reader.address, source.version, source.rank)
     if isinstance(source, StoreSource):

@@ -13,6 +13,7 @@ import torch
 
 from ray_dr.checkpoint.described import parse
 from ray_dr.checkpoint.healing import Damages
+from ray_dr.checkpoint.listed import ListedSource
 from ray_dr.checkpoint.local_disk import LocalDisk
 from ray_dr.checkpoint.reader import Kind, MemorySource, Source, StoreSource, read_state
 from ray_dr.checkpoint.restore_plan import build_index, plan_restore
@@ -96,13 +97,13 @@ class _Readers:
                 return parse(self._reader(address).part(self._origin.version, rank))
             except StoreError:
                 continue
-        for kept, refs, _ in self._stores(store):
+        for kept, _, refs, _ in self._stores(store):
             if rank in refs:
                 return self._listed(kept(), refs[rank])
         raise NoCheckpoint(f"nobody holds rank {rank} of step {self._origin.version.step} any more")
 
     def sources(self, part: Part, store: Store) -> tuple[Source, ...]:
-        """Where a part's bytes can be read, nearest first."""
+        """Where a part's bytes can be read, nearest first. Of stores, only one with nothing nearer is asked now."""
         found: list[Source] = []
         for address in self._nearest(part.rank):
             try:
@@ -110,15 +111,24 @@ class _Readers:
             except (StoreError, OSError):
                 continue
         failed: Exception | None = None
-        for kept, refs, kind in self._stores(store):
-            if part.rank in refs:
-                try:
-                    found.append(StoreSource(kept(), self._a.job, self._listed(kept(), refs[part.rank]), kind))
-                except (StoreError, CheckpointError) as error:
-                    failed = failed or error
+        for kept, url, refs, kind in self._stores(store):
+            if part.rank not in refs:
+                continue
+            stored = functools.partial(self._stored, kept, refs[part.rank], kind)
+            if found:
+                found.append(ListedSource(url, kind, stored))
+                continue
+            try:
+                found.append(stored())
+            except (StoreError, CheckpointError) as error:
+                failed = failed or error
         if failed is not None and not found:
             raise failed  # with another copy, a store that is away does no harm
         return tuple(found)
+
+    def _stored(self, kept: Callable[[], Store], ref: PartRef, kind: Kind) -> StoreSource:
+        store = kept()
+        return StoreSource(store, self._a.job, self._listed(store, ref), kind)
 
     def _listed(self, store: Store, ref: PartRef) -> Part:
         """A part list, which is read once."""
@@ -126,10 +136,11 @@ class _Readers:
             self._lists[ref.digest] = read_part(store, ref)
         return self._lists[ref.digest]
 
-    def _stores(self, first: Store) -> tuple[tuple[Callable[[], Store], dict[int, PartRef], Kind], ...]:
-        """The stores in order, each with the part lists that are there."""
+    def _stores(self, first: Store) -> tuple[tuple[Callable[[], Store], str, dict[int, PartRef], Kind], ...]:
+        """The stores in order, each with its URL and the part lists that are there."""
         refs, second = ({ref.rank: ref for ref in parts} for parts in (self._origin.parts, self._origin.second))
-        return ((lambda: first), refs, "store"), ((lambda: self._second), second, "second")
+        return (((lambda: first), first.url, refs, "store"),
+                ((lambda: self._second), self._a.second_url, second, "second"))  # fmt: skip
 
     @functools.cached_property
     def _second(self) -> Store:

@@ -241,7 +241,8 @@ def test_the_last_line_of_restore_has_the_promised_keys_and_ratios_to_its_floors
         took[name]["floor_s"] = [1.5]
     worlds = [restore_plans.World(4, 3, kind, [1.0], ratio) for kind, ratio in (("memory", 1.2), ("store", 2.5), ("S3", 1.1))]
     manifests = [restore_plans.Manifests(1, [(0.5, 0.25), (0.5, 0.75)])]
-    told = {**restore.result(took, {"hashed_ahead_s": [0.2]}, 2**30), **restore.of_worlds(worlds), **restore.of_manifests(manifests)}
+    ways = restore.result(took, {"hashed_ahead_s": [0.2]}, 2**30)
+    told = {**ways, **restore.of_worlds(worlds), **restore.of_manifests(manifests)}
     found = json.loads(json.dumps(told))
     assert (found["memory_s"], found["memcpy_s"], found["memory_ratio"]) == (3.0, 1.5, 0.5)
     assert (found["other_world_ratio"], found["other_world_store_ratio"], found["manifest_100k_s"]) == (1.2, 2.5, 1.0)
