@@ -155,17 +155,17 @@ def _runs(read: Read, low: int, high: int) -> Read:
     """Runs low .. high - 1 of a read."""
     start, into = read.start + low * read.stride, read.into + low * read.into_stride
     if high - low == 1:
-        return replace(read, start=start, into=into, count=1, stride=0, into_stride=0)
-    return replace(read, start=start, into=into, count=high - low)
+        return Read(read.rank, start, read.size, read.target, into)
+    return Read(read.rank, start, read.size, read.target, into, high - low, read.stride, read.into_stride)
 
 
 def _cut(read: Read, number: int, first: int, last: int) -> Read | None:
     """The bytes of one run that lie in [first, last)."""
-    run = _runs(read, number, number + 1)
-    begin, end = max(run.start, first), min(run.end, last)
+    start = read.start + number * read.stride
+    begin, end = max(start, first), min(start + read.size, last)
     if begin >= end:
         return None
-    return replace(run, start=begin, size=end - begin, into=run.into + begin - run.start)
+    return Read(read.rank, begin, end - begin, read.target, read.into + number * read.into_stride + begin - start)
 
 
 def _fill(index: Index, wanted: Box) -> Iterator[Read]:
