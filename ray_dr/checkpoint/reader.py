@@ -168,11 +168,9 @@ def read_state(
     fetch = _Fetch(buffers, sources, on_corrupt, on_unreadable or _ignore, on_bad or _ignore)
     total: Counter[str] = Counter()
     count = max(1, min(threads or _worth(sources), len(jobs)))
-    with ThreadPoolExecutor(count) as pool:  # which starts a thread per task: none for one alone
-        others = [pool.submit(fetch.all, jobs) for _ in range(count - 1)]
-        total.update(fetch.all(jobs))  # this thread is awake already
-        for other in others:
-            total.update(other.result())
+    with ThreadPoolExecutor(count) as pool:
+        for counted in [pool.submit(fetch.all, jobs) for _ in range(count)]:
+            total.update(counted.result())
     return dict(total)
 
 
