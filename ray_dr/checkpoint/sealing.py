@@ -9,25 +9,29 @@ choose a state's bytes so that they collide with the state before could as well 
 It is taken only where it pays: of a chunk that is new, and of one that was found unchanged. One that has changed is hashed
 only, and its name then tells whether it stands still again. So a state that changes everywhere at each step, as in dense
 training, is fingerprinted at its first two saves and never again.
+
+Small tensors are cut finely (`checkpoint.cut`), for the sake of those that change alone. Where all of a block's chunks have
+changed, it becomes one chunk instead, so that many small tensors cost what few large ones do. What is in memory of a part
+to tell so are its *traces*, one byte of each page: those of a chunk differ only if the chunk does. A block stays one
+chunk until something in it changes and something does not: then it is cut finely again, and what of it had not changed is
+sent once more. What never changed is never joined, so that the chunks of frozen tensors keep the names that other
+saves and jobs give them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import xxhash
 from blake3 import blake3
 
-from ray_dr.checkpoint.cut import cut
-from ray_dr.model.checkpoint import Chunk, Part
+from ray_dr.checkpoint.cut import PAGE_BYTES, Block, Span, blocks, joined
+from ray_dr.model.checkpoint import Chunk, Part, Shard
 
 PARTS_KEPT = 64
 """Ranks remembered: their numbers change when a job's size does, and a node has few. About 300 bytes per chunk."""
-
-_Run = tuple[int, int]
-
 
 @dataclass(frozen=True, slots=True)
 class _Known:
@@ -37,30 +41,75 @@ class _Known:
     fingerprint: bytes
 
 
+_CHANGED = _Known("", b"")
+Named = tuple[Span, _Known]
+
+
+@dataclass(slots=True)
+class _Seen:
+    """A rank's last part: how it was cut, its chunks, and the traces of those chunks that could be joined."""
+
+    shards: tuple[Shard, ...]
+    size: int
+    blocks: tuple[Block, ...]
+    chunks: dict[Span, _Known] = field(default_factory=dict)
+    traces: dict[Span, bytes] = field(default_factory=dict)
+
+
+_NOTHING = _Seen((), 0, ())
+
+
 class Sealer:
     """Seals parts, and remembers the last one of each rank. One `seal` at a time."""
 
     def __init__(self) -> None:
-        self._seen: dict[int, dict[_Run, _Known]] = {}
+        self._seen: dict[int, _Seen] = {}
 
     def seal(self, part: Part, stream: memoryview, pool: Executor | None = None) -> Iterator[tuple[Chunk, memoryview]]:
         """The chunks of a part whose bytes are `stream`, in order, each with its bytes, as soon as its name is known.
 
         pool   hashes several chunks at a time
         """
-        before, now = self._seen.get(part.rank, {}), dict[_Run, _Known]()
-        runs = cut(part.shards, part.size)
+        before = self._seen.get(part.rank, _NOTHING)
+        known = before.shards is part.shards and before.size == part.size  # of a plan, and so by identity
+        now = _Seen(part.shards, part.size, before.blocks if known else blocks(part.shards, part.size))
 
-        def known(run: _Run) -> _Known:
-            return _name(stream[run[0] : run[0] + run[1]], before.get(run))
+        def named(block: Block) -> tuple[Named, ...]:
+            return _name_block(block, stream, before, now)
 
-        for run, found in zip(runs, (pool.map if pool else map)(known, runs), strict=True):
-            now[run] = found
-            yield Chunk(found.id, *run), stream[run[0] : run[0] + run[1]]
+        for found in (pool.map if pool else map)(named, now.blocks):
+            for span, chunk in found:
+                now.chunks[span] = chunk
+                yield Chunk(chunk.id, *span), _piece(stream, span)
         self._seen.pop(part.rank, None)
         self._seen[part.rank] = now
         if len(self._seen) > PARTS_KEPT:
             del self._seen[next(iter(self._seen))]
+
+
+def _name_block(block: Block, stream: memoryview, before: _Seen, now: _Seen) -> tuple[Named, ...]:
+    """The chunks of a block: one, or those it is made of. Traces are added to `now`."""
+    if len(block) > 1:
+        whole = joined(block)
+        changed = [_trace(span, stream, before, now) for span in block]
+        if all(changed):
+            return ((whole, _name(_piece(stream, whole), before.chunks.get(whole, _CHANGED))),)
+        if not any(changed) and (old := before.chunks.get(whole)) is not None:
+            found = _name(_piece(stream, whole), old)
+            if found.id == old.id:
+                return ((whole, found),)
+    return tuple((span, _name(_piece(stream, span), before.chunks.get(span))) for span in block)
+
+
+def _trace(span: Span, stream: memoryview, before: _Seen, now: _Seen) -> bool:
+    """Whether a chunk is known to have changed."""
+    old, new = before.traces.get(span), bytes(_piece(stream, span)[::PAGE_BYTES])
+    now.traces[span] = new
+    return old is not None and old != new
+
+
+def _piece(stream: memoryview, span: Span) -> memoryview:
+    return stream[span[0] : span[0] + span[1]]
 
 
 def _name(piece: memoryview, before: _Known | None) -> _Known:
