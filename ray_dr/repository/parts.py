@@ -59,9 +59,19 @@ def write_part(store: Store, job: str, part: Part, *, term: int, base: str = "")
 
 def read_part(store: Store, ref: PartRef) -> Part:
     """The part that `ref` names, verified. Raises NotFound, CorruptChunk; CheckpointError for a newer format."""
+    return parse_part(store, ref, read_list(store, ref))
+
+
+def read_list(store: Store, ref: PartRef) -> bytes:
+    """The object that `ref` names, verified. Raises NotFound, CorruptChunk."""
     data = store.get(ref.key)
     if _digest(data) != ref.digest:
         raise CorruptChunk(ref.digest, source=f"{store.url}/{ref.key}")
+    return data
+
+
+def parse_part(store: Store, ref: PartRef, data: bytes) -> Part:
+    """The part in an object's bytes. Raises CheckpointError for a newer format."""
     return _parsed(data, f"{store.url}/{ref.key}")
 
 
