@@ -31,6 +31,7 @@ from ray_dr.checkpoint.healing import Healer
 from ray_dr.checkpoint.local_disk import LocalDisk
 from ray_dr.checkpoint.memory import copy_into
 from ray_dr.checkpoint.reader import StoreSource
+from ray_dr.checkpoint.sealing import Same
 from ray_dr.checkpoint.shared_fetch import SharedFetch
 from ray_dr.checkpoint.throttle import Throttle
 from ray_dr.checkpoint.uploads import Uploads
@@ -248,9 +249,11 @@ class Agent:
         except NotFound as error:
             self._note("save.lost", {"step": part.version.step, "rank": part.rank, "error": str(error)})
             return
+        same: Same = codec.from_json(Same, header["same"])
         self.writer.submit(
-            Task(holding, part, header["staged_at"], header["stall_s"], tuple(header["copy_to"]), _places(header["to"]))
-        )
+            Task(holding, part, header["staged_at"], header["stall_s"], tuple(header["copy_to"]), _places(header["to"]),
+                 forced=header["forced"], same=same)
+        )  # fmt: skip
 
     def _serve_peer(self, connection: Connection, header: Header, size: int) -> None:
         while True:

@@ -325,12 +325,10 @@ class Performer:
         raise ClusterError("the members are too fast to agree on a step")
 
     def _save_final(self, version: VersionId) -> None:
-        """The parts are on their way; whatever a store refused is put again until it is committed. A group that had no step
-        left to do (a finished job, run again) ends at the version it began from. The second store has SECOND_S more."""
-        idle = self._host.progress.newest == self._host.progress.began
-        wanted = self.forming.began if idle and self.forming.began is not None else version
+        """The parts are on their way; whatever a store refused is put again until it is committed. The second store has
+        SECOND_S more."""
         begun = alone = time.monotonic()
-        while missing := [where for where, depot in self._host.depots.items() if not depot.refs(wanted)]:
+        while missing := self._missing(self._ended_at(version)):
             now = time.monotonic()
             alone = now if Where.STORE in missing else alone
             if now - begun > self._job.recovery.start_s and Where.STORE in missing:
@@ -340,11 +338,22 @@ class Performer:
                 break
             if self._closing.wait(FINAL_RETRY_S):
                 return
-            to = {str(where): (self._job.name, self._host.depots[where].term) for where in missing}
+            wanted = self._ended_at(version)
+            to = {str(where): (self._job.name, self._host.depots[where].term) for where in self._missing(wanted)}
             orphans = self._host.complete.orphans(wanted, set(self._agents))
             for agent in tuple(self._agents.values()):
                 agent.handle.store_again.remote(codec.to_json(wanted), to, sorted(orphans))
         self._host.post(Saved(time.time(), version.attempt, version.step))
+
+    def _missing(self, version: VersionId) -> list[Where]:
+        return [where for where, depot in self._host.depots.items() if not depot.refs(version)]
+
+    def _ended_at(self, version: VersionId) -> VersionId:
+        """What is to be in every store: `version`; or, when its group had no step left to do (a finished job, run again) and
+        has staged nothing, as no store lacks what it began from, that."""
+        idle = self._host.progress.newest == self._host.progress.began
+        staged = self._host.complete.nodes(version, Where.MEMORY)
+        return self.forming.began if idle and not staged and self.forming.began is not None else version
 
     # -- adoption
 

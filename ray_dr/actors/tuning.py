@@ -10,13 +10,13 @@ from ray_dr.checkpoint.failures import COUNTED, count_losses
 from ray_dr.errors import StoreError
 from ray_dr.model.journal import Noted, Record
 from ray_dr.model.recovery import Group
-from ray_dr.telemetry.journal import read_tail
+from ray_dr.telemetry.journal import ATTEMPTS, read_tail
 
 if TYPE_CHECKING:
     from ray_dr.actors.supervisor import Host
 
 COUNT_S = 120.0
-"""The count is noted this often, so that a later life reads no more of the journal than what came since."""
+"""The count is noted this often, and the attempt, so that a later life reads no more of the journal than what came since."""
 SEGMENTS_MOST = 1000
 
 
@@ -71,7 +71,7 @@ class Tuning:
         losses.until(time.time())
         if self._recalled and now - self._counted_at > COUNT_S and (fields := losses.note()) is not None:
             self._counted_at = now
-            self._host.note(COUNTED, **fields)
+            self._host.note(COUNTED, **fields, **{ATTEMPTS: self._host.state.attempt})
 
     def _recall(self) -> None:
         host = self._host

@@ -15,7 +15,8 @@ The user's word for a tier (`every: 30s`) replaces what is wanted, its budget an
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 from ray_dr.checkpoint.failures import Rate
 from ray_dr.model.attempt import Cadence
@@ -111,14 +112,50 @@ def choose(costs: Costs, rate: Rate, bounds: Bounds, current: int | None = None)
     return Choice(_aligned(steps, bounds.multiple, through, allowed), words)
 
 
-def places_due(step: int, cadence: Cadence) -> frozenset[Where]:
-    """Where the state after `step` steps is saved to. Whatever goes to a durable place goes to memory first."""
-    intervals = {
+@dataclass(frozen=True, slots=True)
+class Rhythm:
+    """Which steps are saved, under one cadence after another: every multiple of an interval, so that all ranks agree whatever
+    they remember and tiers share their snapshots; and, once after a change, one more where the last multiple of the old
+    interval and the first of the new one lie further apart than either of them.
+
+    last    per place the newest step that was due there
+    most    per place, how many steps after that one at the latest the next is due; none: it is not in use
+    """
+
+    cadence: Cadence
+    last: Mapping[Where, int]
+    most: Mapping[Where, int]
+
+    @classmethod
+    def begin(cls, cadence: Cadence, step: int) -> Rhythm:
+        """`step` steps are done when it begins, and every multiple before it is taken to be saved."""
+        every = _intervals(cadence)
+        return cls(cadence, {where: step - step % (every.get(where, 0) or 1) for where in Where}, every)
+
+    def change(self, cadence: Cadence) -> Rhythm:
+        """From the next step on another cadence is in force."""
+        before, every = _intervals(self.cadence), _intervals(cadence)
+        return Rhythm(cadence, self.last, {where: max(before.get(where, 0), every[where]) for where in every})
+
+    def next(self, step: int) -> tuple[Rhythm, frozenset[Where]]:
+        """Where the state after `step` steps, one more than before, is saved to; and the rhythm from then on. Whatever goes to a
+        durable place goes to memory first."""
+        every = _intervals(self.cadence)
+        places = {where for where in every if due(step, every[where]) or step - self.last[where] >= self.most[where]}
+        if not places:
+            return self, frozenset()
+        places.add(Where.MEMORY)
+        saved = {where: every[where] for where in places if where in every}
+        return replace(self, last={**self.last, **dict.fromkeys(places, step)}, most={**self.most, **saved}), frozenset(places)
+
+
+def _intervals(cadence: Cadence) -> dict[Where, int]:
+    """In steps, of the places that are in use."""
+    all_ = {
         Where.MEMORY: cadence.memory_every, Where.DISK: cadence.disk_every,
         Where.STORE: cadence.store_every, Where.SECOND: cadence.second_every,
     }  # fmt: skip
-    places = {where for where, every in intervals.items() if due(step, every)}
-    return frozenset(places | {Where.MEMORY} if places else ())
+    return {where: every for where, every in all_.items() if every}
 
 
 def due(step: int, every_steps: int) -> bool:

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import mmap
 import os
 import sys
 import weakref
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -112,26 +113,33 @@ def copy_into(into: memoryview, data: memoryview) -> None:
 
 def copy_many(pairs: Iterable[tuple[memoryview, memoryview]], *, threads: int = 2) -> None:
     """Copy each (into, data) pair, large ones split over the threads. The pairs must not overlap."""
-    runs = deque(run for into, data in pairs for run in _split(into, data))
-    useful = min(threads, 1 + sum(into.nbytes for into, _ in runs) // WORTH_A_THREAD_BYTES)
-    if useful <= 1:
-        return _copy_all(runs)
-    with ThreadPoolExecutor(useful - 1) as pool:
-        others = [pool.submit(_copy_all, runs) for _ in range(useful - 1)]
-        _copy_all(runs)
+    runs = [run for into, data in pairs for run in _split(into, data)]
+    useful = 1 + sum(into.nbytes for into, _ in runs) // WORTH_A_THREAD_BYTES
+    in_threads((functools.partial(copy_into, *run) for run in runs), min(threads, useful))
+
+
+def in_threads(jobs: Iterable[Callable[[], object]], threads: int) -> None:
+    """Do all of these in so many threads, of which this is one. Raises what one of them raised."""
+    left = deque(jobs)
+    threads = min(threads, len(left))
+    if threads <= 1:
+        return _do_all(left)
+    with ThreadPoolExecutor(threads - 1) as pool:
+        others = [pool.submit(_do_all, left) for _ in range(threads - 1)]
+        _do_all(left)
         for other in others:
             other.result()
     return None
 
 
-def _copy_all(runs: deque[tuple[memoryview, memoryview]]) -> None:
-    """Copy until nothing is left; several threads share `runs`."""
+def _do_all(left: deque[Callable[[], object]]) -> None:
+    """Until nothing is left; several threads share it."""
     while True:
         try:
-            into, data = runs.popleft()
+            job = left.popleft()
         except IndexError:
             return
-        copy_into(into, data)
+        job()
 
 
 def _split(into: memoryview, data: memoryview) -> Iterable[tuple[memoryview, memoryview]]:

@@ -7,7 +7,7 @@ parallelism) deals each of so many equal stretches by itself, because the mesh d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 Runs = tuple[tuple[int, int], ...]
@@ -30,7 +30,7 @@ def held(shape: Sequence[int], cuts: Sequence[Cut]) -> tuple[tuple[int, ...], tu
         runs: Runs = ((0, shape[dim]),) if shape[dim] else ()
         for cut in cuts:
             if cut.dim == dim:
-                runs = _joined(_dealt(runs, cut))
+                runs = joined(_dealt(runs, cut))
         if len(runs) > 1:
             return None
         first, last = runs[0] if runs else (0, 0)
@@ -66,7 +66,8 @@ def _slice(runs: Runs, first: int, last: int) -> Runs:
     return tuple(found)
 
 
-def _joined(runs: Runs) -> Runs:
+def joined(runs: Iterable[tuple[int, int]]) -> Runs:
+    """Runs [first, last) in order, those that touch each other as one."""
     found: list[tuple[int, int]] = []
     for first, last in runs:
         if found and found[-1][1] == first:

@@ -8,7 +8,8 @@ choose a state's bytes so that they collide with the state before could as well 
 
 It is taken only where it pays: of a chunk that is new, and of one that was found unchanged. One that has changed is hashed
 only, and its name then tells whether it stands still again. So a state that changes everywhere at each step, as in dense
-training, is fingerprinted at its first two saves and never again.
+training, is fingerprinted at its first two saves and never again. A worker that has found with fingerprints of its own that
+stretches of its part stay what they were (`train.staging`) says so (`same`), and these are not looked at here at all.
 
 Small tensors are cut finely (`checkpoint.cut`), for the sake of those that change alone. Where all of a block's chunks have
 changed, it becomes one chunk instead, so that many small tensors cost what few large ones do. What is in memory of a part
@@ -20,7 +21,7 @@ so that the chunks of frozen tensors keep the names that other saves and jobs gi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 
@@ -28,10 +29,15 @@ import xxhash
 from blake3 import blake3
 
 from ray_dr.checkpoint.cut import PAGE_BYTES, Block, Span, blocks, joined
-from ray_dr.model.checkpoint import Chunk, Part, Shard
+from ray_dr.model.checkpoint import Chunk, Part, Shard, VersionId
 
 PARTS_KEPT = 64
 """Ranks remembered: their numbers change when a job's size does, and a node has few. About 300 bytes per chunk."""
+
+Same = tuple[VersionId, tuple[tuple[int, int], ...]] | None
+"""What a worker knows of a part that it has staged: the version of the part before, and the stretches [first, last) of the
+stream, in order, in which its bytes are those of that part."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Known:
@@ -49,6 +55,7 @@ Named = tuple[Span, _Known]
 class _Seen:
     """A rank's last part: how it was cut, its chunks, and the traces of those chunks that could be joined."""
 
+    version: VersionId | None
     shards: tuple[Shard, ...]
     size: int
     blocks: tuple[Block, ...]
@@ -56,7 +63,7 @@ class _Seen:
     traces: dict[Span, bytes] = field(default_factory=dict)
 
 
-_NOTHING = _Seen((), 0, ())
+_NOTHING = _Seen(None, (), 0, ())
 
 
 class Sealer:
@@ -65,19 +72,24 @@ class Sealer:
     def __init__(self) -> None:
         self._seen: dict[int, _Seen] = {}
 
-    def seal(self, part: Part, stream: memoryview, pool: Executor | None = None) -> Iterator[tuple[Chunk, memoryview]]:
+    def seal(
+        self, part: Part, stream: memoryview, pool: Executor | None = None, *, same: Same = None
+    ) -> Iterator[tuple[Chunk, memoryview]]:
         """The chunks of a part whose bytes are `stream`, in order, each with its bytes, as soon as its name is known.
 
         pool   hashes several chunks at a time
+        same   chunks in there are not looked at, if the part before is the one that is meant
         """
         before = self._seen.get(part.rank, _NOTHING)
         known = before.shards is part.shards and before.size == part.size  # of a plan, and so by identity
-        now = _Seen(part.shards, part.size, before.blocks if known else blocks(part.shards, part.size))
+        cut = before.blocks if known else blocks(part.shards, part.size)
+        now = _Seen(part.version, part.shards, part.size, cut)
+        kept = _kept(cut, same[1]) if same is not None and same[0] == before.version else frozenset[Span]()
 
         def named(block: Block) -> tuple[Named, ...]:
-            return _name_block(block, stream, before, now)
+            return _name_block(block, stream, before, now, kept)
 
-        for found in (pool.map if pool else map)(named, now.blocks):
+        for found in (pool.map if pool else map)(named, cut):
             for span, chunk in found:
                 now.chunks[span] = chunk
                 yield Chunk(chunk.id, *span), _piece(stream, span)
@@ -87,23 +99,49 @@ class Sealer:
             del self._seen[next(iter(self._seen))]
 
 
-def _name_block(block: Block, stream: memoryview, before: _Seen, now: _Seen) -> tuple[Named, ...]:
+def _kept(cut: Iterable[Block], stretches: tuple[tuple[int, int], ...]) -> frozenset[Span]:
+    """The chunks that lie in one of the stretches, those that blocks would be among them."""
+    cut = tuple(cut)
+    spans = (span for block in cut for span in block)
+    return frozenset(_inside(spans, stretches)).union(_inside(map(joined, cut), stretches))
+
+
+def _inside(spans: Iterable[Span], stretches: Iterable[tuple[int, int]]) -> Iterator[Span]:
+    """The spans, in order, that lie in one of the stretches."""
+    left = iter(stretches)
+    first, last = next(left, (0, 0))
+    for at, size in spans:
+        while last <= at and (following := next(left, None)) is not None:
+            first, last = following
+        if first <= at and at + size <= last:
+            yield at, size
+
+
+def _name_block(
+    block: Block, stream: memoryview, before: _Seen, now: _Seen, kept: frozenset[Span]
+) -> tuple[Named, ...]:
     """The chunks of a block: one, or those it is made of. Traces are added to `now`."""
+
+    def name(span: Span) -> Named:
+        old = before.chunks.get(span)
+        return (span, old if old is not None and span in kept else _name(_piece(stream, span), old))
+
     if len(block) > 1:
         whole = joined(block)
-        changed = [_trace(span, stream, before, now) for span in block]
+        changed = [_trace(span, stream, before, now, kept) for span in block]
         if all(changed):
             return ((whole, _name(_piece(stream, whole), before.chunks.get(whole, _CHANGED))),)
         if not any(changed) and (old := before.chunks.get(whole)) is not None:
-            found = _name(_piece(stream, whole), old)
-            if found.id == old.id:
-                return ((whole, found),)
-    return tuple((span, _name(_piece(stream, span), before.chunks.get(span))) for span in block)
+            found = name(whole)
+            if found[1].id == old.id:
+                return (found,)
+    return tuple(map(name, block))
 
 
-def _trace(span: Span, stream: memoryview, before: _Seen, now: _Seen) -> bool:
+def _trace(span: Span, stream: memoryview, before: _Seen, now: _Seen, kept: frozenset[Span]) -> bool:
     """Whether a chunk is known to have changed."""
-    old, new = before.traces.get(span), bytes(_piece(stream, span)[::PAGE_BYTES])
+    old = before.traces.get(span)
+    new = old if old is not None and span in kept else bytes(_piece(stream, span)[::PAGE_BYTES])
     now.traces[span] = new
     return old is not None and old != new
 

@@ -2,6 +2,12 @@
 
 One thread seals (BLAKE3 per chunk); every copy and every place takes each chunk as soon as its hash is known, in a thread of
 its own, so that a slow store never holds up the copies in memory.
+
+Places give way to training (`throttle`), sealing doesn't. What a place takes is throttled so that it takes less of it: it falls
+behind, and leaves saves out. Each seal would still be done, and costs full cores the same work however long it takes (0.2 s
+per GB); until it is through, though, no copy of the version is whole anywhere, and its slot is not free for the next. So what
+sealing costs is bounded by how often it is done: the cadence counts all of its time as lost (`Pace.cost_s`), and would count
+pauses as well.
 """
 
 from __future__ import annotations
@@ -16,7 +22,7 @@ from typing import Any
 
 from ray_dr.checkpoint.described import describe
 from ray_dr.checkpoint.lane import ChunkStream, Lane, Load
-from ray_dr.checkpoint.sealing import Sealer
+from ray_dr.checkpoint.sealing import Same, Sealer
 from ray_dr.checkpoint.throttle import Throttle
 from ray_dr.checkpoint.uploads import Uploads
 from ray_dr.checkpoint.vault import Holding, Vault
@@ -36,7 +42,9 @@ Places = Mapping[Where, tuple[str, int]]
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What to do with a staged part. `part` has no chunks yet; `peers` are addresses of the agents that get copies."""
+    """What to do with a staged part. `part` has no chunks yet; `peers` are addresses of the agents that get copies. `forced`:
+    the job waits for it, so that no place may be too busy for it, nor give way to training meanwhile. `same`: what the
+    worker says of the part before."""
 
     holding: Holding
     part: Part
@@ -44,6 +52,8 @@ class Task:
     stall_s: float
     peers: tuple[str, ...]
     to: Places
+    forced: bool = False
+    same: Same = None
 
 
 class _Copy:
@@ -181,11 +191,12 @@ class Writer:
         """Hash the part; copies and places take its chunks meanwhile. Returns when the copies are through."""
         chunks = ChunkStream()
         for where, there in task.to.items():
-            self._load(self._lanes[where].offer, Load(task.holding, task.part, chunks, task.staged_at, *there))
+            take = self._lanes[where].enqueue if task.forced else self._lanes[where].offer
+            self._load(take, Load(task.holding, task.part, chunks, task.staged_at, *there, forced=task.forced))
         copies = [self._copying.submit(self._copy, task, chunks, address) for address in task.peers]
         try:
             sealed = []
-            for chunk, _ in self._sealer.seal(task.part, task.holding.view):
+            for chunk, _ in self._sealer.seal(task.part, task.holding.view, same=task.same):
                 sealed.append(chunk)
                 chunks.add(chunk)
             task.holding.part = replace(task.part, chunks=tuple(sealed))

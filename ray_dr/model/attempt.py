@@ -28,7 +28,7 @@ class Origin:
 @dataclass(frozen=True, slots=True)
 class Cadence:
     """From step `from_step` on, save to memory at every multiple of `memory_every` steps, and also to the store, the local
-    disk and the second store at every multiple of theirs (0: not until told again)."""
+    disk and the second store at every multiple of theirs (0: not until told again). See `checkpoint.cadence.Rhythm`."""
 
     from_step: int
     memory_every: int
@@ -72,3 +72,10 @@ class Assignment:
     disk: tuple[str, ...] = ()
     second_url: str = ""
     local_world: int = 1
+
+    @property
+    def origin_wanting(self) -> bool:
+        """Whether a store that this attempt may save to lacks the version it goes on from. The same for every rank."""
+        if self.origin is None:
+            return False
+        return not self.origin.parts or ("second" in self.terms and not self.origin.second)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 
 from blake3 import blake3
 
-from ray_dr.errors import CorruptChunk, ObjectTooShort
+from ray_dr.errors import CorruptChunk
 from ray_dr.model.checkpoint import Chunk
 from ray_dr.repository.layout import chunk_key
 from ray_dr.stores.base import Buffer, Store
@@ -91,27 +91,6 @@ def put_chunk(store: Store, job: str, chunk: Chunk, data: Buffer, *, known: Know
 def get_chunk(store: Store, job: str, chunk: Chunk) -> bytes:
     """A chunk's bytes, verified. Raises NotFound; CorruptChunk when they do not match the id."""
     data = store.get(chunk_key(job, chunk))
-    _verify(store, job, chunk, data)
-    return data
-
-
-def read_chunk_into(store: Store, job: str, chunk: Chunk, into: memoryview) -> None:
-    """Fill `into` (chunk.size bytes) straight from the store, and verify. Raises NotFound, CorruptChunk.
-
-    After CorruptChunk the contents of `into` are undefined: the caller reads another copy over them.
-    """
-    assert into.nbytes == chunk.size, f"{into.nbytes} bytes given for a chunk of {chunk.size}"
-    try:
-        store.readinto(chunk_key(job, chunk), into)
-    except ObjectTooShort as error:
-        raise CorruptChunk(chunk.id, source=_source(store, job, chunk)) from error
-    _verify(store, job, chunk, into)
-
-
-def _verify(store: Store, job: str, chunk: Chunk, data: Buffer) -> None:
     if chunk_id(data) != chunk.id:
-        raise CorruptChunk(chunk.id, source=_source(store, job, chunk))
-
-
-def _source(store: Store, job: str, chunk: Chunk) -> str:
-    return f"{store.url}/{chunk_key(job, chunk)}"
+        raise CorruptChunk(chunk.id, source=f"{store.url}/{chunk_key(job, chunk)}")
+    return data

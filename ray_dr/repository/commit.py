@@ -24,8 +24,10 @@ Each entry carries the hash of its own contents and of the name it was put under
 damaged too. A damaged or missing entry is skipped; as it may have been a term entry, the next term is chosen higher by
 as many as there are damaged entries, so that no term is ever given out twice; and as it may have been a checkpoint,
 `LogView.doubtful` says so to whoever wants the newest. Entries missing at the log's end are told by a *mark*, an empty
-object whose name says that this number was there; a mark may be late or missing, but is never wrong. Old entries stay:
-numbers are never reused (per checkpoint about a kilobyte per rank; reading stops at the newest `kept` entry).
+object whose name says that this number was there; a mark may be late or missing, but is never wrong. Old entries stay
+(per checkpoint about a kilobyte per rank; reading stops at the newest `kept` entry): a number that was freed would be taken by
+a writer that has slept since before it was, who would then believe to have committed, and not to be fenced. To tell that
+apart would take a clock, or another look at the log after each put.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from ray_dr.errors import AlreadyExists, NotFound, StoreError
@@ -30,6 +31,9 @@ SEGMENT_BYTES = 256 * 2**10
 CAPACITY_BYTES = 64 * 2**20
 BACKOFF_FIRST_S = 0.1
 BACKOFF_MOST_S = 5.0
+READERS = 16
+ATTEMPTS = "attempts"
+"""In a note of the supervisor: the highest attempt of the job so far."""
 
 _SEGMENT = re.compile(r"/journal/(\d{6,})-(\d{8,})\.jsonl$")
 
@@ -233,16 +237,26 @@ def read_journal(store: Store, job: str) -> Iterator[Record]:
 
 
 def last_attempt(store: Store, job: str) -> int:
-    """The highest attempt any record knows of; 0 when there is none. Reads the journal from its end."""
-    highest, found = 0, False
-    for _, _, key in reversed(_segments(store, job)):
-        for record in _records(store, key):
-            highest = max(highest, _attempt(record))
-            # Attempts only grow, and a decision's state knows the highest of its time: before it there is none higher.
-            found = found or (isinstance(record, Decided) and record.state.attempt > 0)
-        if found:
-            break
+    """The highest attempt any record knows of; 0 when there is none. Reads the journal from its end to the newest record that
+    knows all before it: a decision, or, where none was taken for long, a note with ATTEMPTS. Raises StoreError, and ValueError
+    for a damaged line."""
+    highest, keys = 0, [key for _, _, key in reversed(_segments(store, job))]
+    with ThreadPoolExecutor(READERS, thread_name_prefix="journal") as pool:
+        at, size = 0, 1
+        while at < len(keys):
+            for records in pool.map(lambda key: tuple(_records(store, key)), keys[at : at + size]):
+                highest = max(highest, *map(_attempt, records), 0)
+                if any(map(_knows_all, records)):
+                    return highest
+            at, size = at + size, min(2 * size, READERS)
     return highest
+
+
+def _knows_all(record: Record) -> bool:
+    """Whether no record before this one knows of a higher attempt: attempts only grow, and it was told all."""
+    if isinstance(record, Noted):
+        return bool(record.fields.get(ATTEMPTS))
+    return isinstance(record, Decided) and record.state.attempt > 0
 
 
 def read_tail(
@@ -272,6 +286,8 @@ def _attempt(record: Record) -> int:
             return state.attempt
         case Stepped(record=stepped):
             return stepped.attempt
+        case Noted(fields={"attempts": int(attempts)}):
+            return attempts
         case _:
             return int(getattr(record, "attempt", 0))
 

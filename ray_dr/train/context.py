@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.data import default_collate
 
-from ray_dr.checkpoint.cadence import places_due
+from ray_dr.checkpoint.cadence import Rhythm
 from ray_dr.errors import ConfigError
 from ray_dr.model.attempt import Assignment, Cadence
 from ray_dr.model.checkpoint import RECORD_WINDOW, Part, StepRecord, VersionId
@@ -26,7 +26,7 @@ from ray_dr.train.fence import Fence, Parcel
 from ray_dr.train.link import Link
 from ray_dr.train.restore import restore
 from ray_dr.train.staging import Planner
-from ray_dr.train.state import Flat, flatten
+from ray_dr.train.state import Flat, Flattener
 
 RECORDS_KEPT = 4
 """Step records that every part repeats, for the case that the part before it got lost."""
@@ -46,7 +46,8 @@ class Control:
     """What other threads tell the training thread."""
 
     def __init__(self, attempt: int, cadence: Cadence = EVERY_STEP) -> None:
-        self.attempt, self.cadence = attempt, cadence
+        self.attempt, self._cadence = attempt, cadence
+        self._rhythm: Rhythm | None = None
         self.next_cadence: Cadence | None = None
         self.terms: dict[str, int] | None = None
         self.step = 0
@@ -72,10 +73,12 @@ class Control:
             return self._stop_step is not None and step >= self._stop_step
 
     def places_due(self, step: int) -> frozenset[Where]:
-        """Where the state after `step` steps is to go."""
+        """Where the state after `step` steps is to go: asked after every step."""
+        rhythm = self._rhythm or Rhythm.begin(self._cadence, step - 1)
         if self.next_cadence is not None and step >= self.next_cadence.from_step:
-            self.cadence, self.next_cadence = self.next_cadence, None
-        return places_due(step, self.cadence)
+            rhythm, self.next_cadence = rhythm.change(self.next_cadence), None
+        self._rhythm, places = rhythm.next(step)
+        return places
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,9 +113,11 @@ class Context:
         self._a, self._link, self._control, self._token, self._store = assignment, link, control, token, store
         self._reducer = Reducer(assignment.rank, assignment.world, deterministic=assignment.deterministic)
         self._planner, self._fence = Planner(assignment.rank, assignment.world), fence or Fence()
+        self._flattener = Flattener(assignment.rank, assignment.world)
         self._data: Data | None = None
         self._logs: dict[str, float] = {}
         self._window: list[StepRecord] = []
+        self._unsaved = assignment.origin_wanting
         self.settings = dict(assignment.settings)
 
     @property
@@ -154,7 +159,7 @@ class Context:
             restored = restore(self._a, objects, self._token, self._store, self._link)
             step = self._a.origin.version.step
             self._link.record(restored)
-        flatten(objects, rank=self._a.rank, world=self._a.world)  # what can't be saved is refused now, not hours later
+        self._flattener.flatten(objects)  # what can't be saved is refused now, not hours later
         self._fence.watch(objects.values())
         self._control.finish_step(step)
         if self._a.rank == 0 and self._data is not None:
@@ -171,6 +176,8 @@ class Context:
         `.data` or by a CUDA graph, nor one that is still being made when the copy ends.
         """
         try:
+            if state.step >= until:
+                self._save_unmoved(state)
             while state.step < until:
                 self._check()
                 begun = time.monotonic()
@@ -262,7 +269,7 @@ class Context:
             self._link.want_slot(version)
             return
         begun = time.monotonic()
-        flat = flatten(state.objects, rank=self._a.rank, world=self._a.world)
+        flat = self._flattener.flatten(state.objects)
         plan = self._planner.plan(flat)
         if not self._link.asked_for(plan.size):
             self._link.open_pool(plan.size)
@@ -282,8 +289,17 @@ class Context:
         part = self._part(state, flat, plan)
         self._window = self._window[-RECORDS_KEPT:]  # the part carries the rest; these few cover a part that gets lost
         to = {str(place): self._name_and_term(place) for place in sorted(places) if place in self._terms}
-        parcel = Parcel(self._link, index, part, self._a.copy_to, to, wanted=lambda: not self._control.aborted)
+        parcel = Parcel(self._link, index, part, self._a.copy_to, to, lambda: not self._control.aborted, forced=wait_s > 0)
         self._fence.stage(plan, flat, slot, parcel, begun=begun, behind=not wait_s)
+
+    def _save_unmoved(self, state: State) -> None:
+        """No step is left to do. What this began from may be on disks only, or in one store of two: it is saved as a version
+        of this attempt, once, as the end of any attempt is. All ranks decide this alike."""
+        origin = self._a.origin
+        if origin is not None and self._unsaved and state.step == origin.version.step:
+            self._check()
+            self._unsaved = False
+            self._save(state, EVERYWHERE, wait_s=FORCED_SAVE_S)
 
     def close(self, error: BaseException | None = None) -> None:
         """`train` is over, or raised `error`: the save under way is handed over or given up, optimizers are let go."""

@@ -25,17 +25,21 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
+from ray_dr.checkpoint.cut import clear_gaps
+from ray_dr.checkpoint.mesh import joined
 from ray_dr.checkpoint.save_plan import SavePlan
-from ray_dr.model.checkpoint import Part
+from ray_dr.checkpoint.sealing import Same
+from ray_dr.model.checkpoint import CHUNK_BYTES, Part, VersionId
 from ray_dr.model.journal import Noted
 from ray_dr.train.link import Link
-from ray_dr.train.staging import Copy, places
-from ray_dr.train.state import Flat, bytes_of
+from ray_dr.train.staging import Copy, Marks, Piece, in_one_run, pieces
+from ray_dr.train.state import Flat, Local, bytes_of
 
 AT_ONCE_BYTES = 8 * 2**20
 """About a millisecond of copying: for less, a thread costs more than it saves."""
@@ -53,14 +57,16 @@ class Parcel:
     copy_to: Sequence[str]
     to: Mapping[str, tuple[str, int]]
     wanted: Callable[[], bool]
+    forced: bool = False
 
-    def hand_over(self, *, stall_s: float, staged_at: float) -> None:
+    def hand_over(self, same: Callable[[VersionId], Same], *, stall_s: float, staged_at: float) -> None:
         """Give the filled slot to the agent, or back when nobody wants it any more."""
         if not self.wanted():
             return self.link.give_back(self.slot)
         return self.link.staged(
-            self.slot, self.part, staged_at=staged_at, stall_s=stall_s, copy_to=self.copy_to, to=self.to
-        )
+            self.slot, self.part, staged_at=staged_at, stall_s=stall_s, copy_to=self.copy_to, to=self.to, forced=self.forced,
+            same=same(self.part.version),
+        )  # fmt: skip
 
     def tear(self, tensor: str) -> None:
         """Give the slot back, because this tensor changed while it was copied."""
@@ -72,15 +78,60 @@ class Parcel:
         self.link.record(Noted(time.time(), "save.torn", fields))
 
 
+@dataclass(slots=True, eq=False)
+class _Split:
+    """What of a state is copied at once, and what later: kept from save to save, as are the copies into each slot.
+
+    `watched`: (name, tensor) of all that comes later; `sampled`: (name, place in the slot, bytes) of some of it.
+    """
+
+    tensors: Mapping[str, Local]
+    plan: SavePlan
+    owners: Any
+    now: list[Piece] = field(default_factory=list)
+    later: list[Piece] = field(default_factory=list)
+    watched: list[tuple[str, torch.Tensor]] = field(default_factory=list)
+    sampled: list[tuple[str, slice, memoryview]] = field(default_factory=list)
+    marks: Marks = field(default_factory=Marks)
+    _copies: dict[int, tuple[memoryview, Copy, Copy]] = field(default_factory=dict)
+
+    @property
+    def on_devices(self) -> bool:
+        """Whether anything is; then this must not outlive the save: it would hold memory that the program may need."""
+        return any(piece.tensor.is_cuda for piece in (*self.now, *self.later))
+
+    def copies(self, slot: memoryview) -> tuple[Copy, Copy]:
+        """Those of now and of later into this slot, in whose gaps there are zeros from the first time on."""
+        address = np.frombuffer(slot, np.uint8).ctypes.data
+        known = self._copies.get(address)
+        if known is None or known[0].obj is not slot.obj:  # a new pool may lie where the old one was
+            clear_gaps(self.plan.shards, slot)
+            known = slot, Copy(self.now, slot, self.marks), Copy(self.later, slot, self.marks)
+            self._copies[address] = known
+        self.marks.begin()
+        return known[1:]
+
+    def same(self, version: VersionId) -> Same:
+        """What this save, which is handed over as `version`, has in common with the one that was before it."""
+        told = self.marks.tell(version)
+        if told is None:
+            return None
+        starts = sorted({at for piece in (*self.now, *self.later) for at in range(piece.at, piece.at + piece.size, CHUNK_BYTES)})
+        ends = dict(zip(starts, (*starts[1:], self.plan.size), strict=True))
+        return told[0], joined((at, ends[at]) for at in told[1])
+
+
 @dataclass(slots=True)
 class _Behind:
-    """A copy under way: (name, tensor, its version before) of all in it, and (name, place, bytes there) of some; since when
-    training waits for it (monotonic)."""
+    """A copy under way: (name, tensor) of all in it and their versions before, and (name, place, bytes there) of some; since
+    when training waits for it (monotonic)."""
 
     copy: Copy
-    watched: tuple[tuple[str, torch.Tensor, int], ...]
+    watched: Sequence[tuple[str, torch.Tensor]]
+    versions: Sequence[int]
     samples: tuple[tuple[str, memoryview, bytes], ...]
     parcel: Parcel
+    same: Callable[[VersionId], Same]
     stall_s: float
     begun_at: float
     waiting_since: float | None = None
@@ -88,7 +139,8 @@ class _Behind:
 
     def torn(self) -> str:
         """The name of a tensor that has changed since the copy began; empty if none is known."""
-        moved = (name for name, tensor, version in self.watched if tensor._version != version)
+        pairs = zip(self.watched, self.versions, strict=True)
+        moved = (name for (name, tensor), version in pairs if tensor._version != version)
         other = (name for name, place, kept in self.samples if place != kept)
         return next(moved, "") or next(other, "")
 
@@ -107,6 +159,7 @@ class Fence:
         self._lock = threading.Lock()
         self._cut_off = False
         self._held_up_s = 0.0
+        self._split: _Split | None = None
 
     def watch(self, objects: Iterable[Any]) -> None:
         """Hook into the torch optimizers among these objects, and into no others any more."""
@@ -121,30 +174,31 @@ class Fence:
     def stage(self, plan: SavePlan, flat: Flat, slot: memoryview, parcel: Parcel, *, begun: float, behind: bool) -> None:
         """Copy a state into `slot` and hand it over. `begun`: when training stopped for that (monotonic seconds);
         `behind`: what can be copied later, may be. The save before is settled."""
-        owned = self._owned() if behind and self._trusts else {}
+        split = self._split_up(plan, flat, behind=behind and self._trusts)
         self._stepped.clear()
-        now: list[tuple[memoryview, torch.Tensor]] = []
-        later: list[tuple[str, memoryview, torch.Tensor]] = []
-        watched: list[tuple[str, torch.Tensor, int]] = []
-        for name, target, piece in places(plan, flat, slot):
-            whole = flat.tensors[name].tensor
-            owner = owned.get(whole.data_ptr()) if owned else None
-            if owner is not None and _same(owner[0], whole):
-                later.append((name, target, piece))
-                watched += [(name, tensor, tensor._version) for tensor in owner]
-            else:
-                now.append((target, piece))
-        pairs = [(target, piece) for _, target, piece in later]
-        if sum(len(target) for target, _ in pairs) < AT_ONCE_BYTES:
-            now, later = now + pairs, []
-        Copy(now).run()
-        if not later:
-            return parcel.hand_over(stall_s=time.monotonic() - begun, staged_at=time.time())
-        copy, samples = Copy(pairs), tuple(_samples(later))
-        under_way = _Behind(copy, tuple(watched), samples, parcel, time.monotonic() - begun, time.time())
+        versions = [tensor._version for _, tensor in split.watched]
+        now, later = split.copies(slot)
+        now.run()
+        if not split.later:
+            return parcel.hand_over(split.same, stall_s=time.monotonic() - begun, staged_at=time.time())
+        samples = tuple((name, slot[at], bytes(source)) for name, at, source in split.sampled)
+        under_way = _Behind(
+            later, split.watched, versions, samples, parcel, split.same, stall_s=time.monotonic() - begun, begun_at=time.time()
+        )
         self._carried = self._thread.submit(self._carry, under_way)
         self._behind = under_way
         return None
+
+    def _split_up(self, plan: SavePlan, flat: Flat, *, behind: bool) -> _Split:
+        """What can be copied later, if anything can."""
+        stepped = [self._optimizers[key] for key in sorted(self._stepped & self._optimizers.keys())] if behind else []
+        owners = [(id(each), [list(map(id, group["params"])) for group in each.param_groups]) for each in stepped]
+        kept, self._split = self._split, None
+        if kept is None or kept.tensors is not flat.tensors or kept.plan is not plan or kept.owners != owners:
+            kept = _split(plan, flat, owners, _owned(stepped))
+        if not kept.on_devices:
+            self._split = kept
+        return kept
 
     def wait(self) -> float:
         """Until nothing is being copied; the seconds it took."""
@@ -186,6 +240,7 @@ class Fence:
         self._hooks.clear()
         self._optimizers.clear()
         self._stepped.clear()
+        self._split = None
         self._held_up_s = 0.0
 
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -196,21 +251,6 @@ class Fence:
             return
         self._held_up_s += self.wait()
         self._stepped.add(id(optimizer))
-
-    def _owned(self) -> Mapping[int, tuple[torch.Tensor, ...]]:
-        """What only a step of the optimizers changes, by address: the plain tensor, and the DTensor around it."""
-        found: dict[int, tuple[torch.Tensor, ...]] = {}
-        with torch.no_grad():
-            for optimizer in (self._optimizers[key] for key in self._stepped if key in self._optimizers):
-                for group in optimizer.param_groups:
-                    for parameter in group["params"]:
-                        for tensor in (parameter, *optimizer.state.get(parameter, {}).values()):
-                            if isinstance(tensor, DTensor):
-                                local = tensor.to_local()
-                                found[local.data_ptr()] = (local, tensor)
-                            elif type(tensor) in (torch.Tensor, nn.Parameter) and tensor.layout is torch.strided:
-                                found[tensor.data_ptr()] = (tensor,)
-        return found
 
     def _carry(self, behind: _Behind) -> None:
         """In the thread: copy, open the fence, hand over."""
@@ -234,7 +274,40 @@ class Fence:
             behind.parcel.link.give_back(behind.parcel.slot)
         else:
             # What training stood still is no time that the save took besides.
-            behind.parcel.hand_over(stall_s=behind.stall_s + stood_s, staged_at=behind.begun_at + stood_s)
+            behind.parcel.hand_over(behind.same, stall_s=behind.stall_s + stood_s, staged_at=behind.begun_at + stood_s)
+
+
+def _owned(optimizers: Iterable[torch.optim.Optimizer]) -> Mapping[int, tuple[torch.Tensor, ...]]:
+    """What only a step of the optimizers changes, by address: the plain tensor, and the DTensor around it."""
+    found: dict[int, tuple[torch.Tensor, ...]] = {}
+    with torch.no_grad():
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    for tensor in (parameter, *optimizer.state.get(parameter, {}).values()):
+                        if isinstance(tensor, DTensor):
+                            local = tensor.to_local()
+                            found[local.data_ptr()] = (local, tensor)
+                        elif type(tensor) in (torch.Tensor, nn.Parameter) and tensor.layout is torch.strided:
+                            found[tensor.data_ptr()] = (tensor,)
+    return found
+
+
+def _split(plan: SavePlan, flat: Flat, owners: Any, owned: Mapping[int, tuple[torch.Tensor, ...]]) -> _Split:
+    split = _Split(flat.tensors, plan, owners)
+    for piece in pieces(plan, flat):
+        whole = flat.tensors[piece.name].tensor
+        owner = owned.get(whole.data_ptr())
+        if owner is not None and _same(owner[0], whole):
+            split.later.append(piece)
+            split.watched += [(piece.name, tensor) for tensor in owner]
+        else:
+            split.now.append(piece)
+    if sum(piece.size for piece in split.later) < AT_ONCE_BYTES:
+        split.now += split.later
+        split.later, split.watched = [], []
+    split.sampled = list(_samples(split.later))
+    return split
 
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -242,12 +315,12 @@ def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.shape == other.shape and one.dtype == other.dtype and one.stride() == other.stride()
 
 
-def _samples(pieces: Iterable[tuple[str, memoryview, torch.Tensor]]) -> Iterator[tuple[str, memoryview, bytes]]:
-    """A few bytes from the middle and the end of the largest tensors, as they are now, and where their copies will be.
-    None of tensors on devices, for which training would have to wait."""
-    plain = (piece for piece in pieces if not piece[2].is_cuda and piece[2].is_contiguous())
-    for name, target, piece in heapq.nlargest(SAMPLED, plain, key=lambda each: len(each[1])):
-        source = bytes_of(piece)
+def _samples(pieces: Iterable[Piece]) -> Iterator[tuple[str, slice, memoryview]]:
+    """A few bytes from the middle and the end of the largest tensors, and where in the slot their copies will be. None of
+    tensors on devices, for which training would have to wait."""
+    plain = (piece for piece in pieces if not piece.tensor.is_cuda and in_one_run(piece.tensor))
+    for piece in heapq.nlargest(SAMPLED, plain, key=lambda each: each.size):
+        source = bytes_of(piece.tensor)
         for end in (len(source) // 2, len(source)):
-            at = slice(max(0, end - SAMPLE_BYTES), end)
-            yield name, target[at], bytes(source[at])
+            first = max(0, end - SAMPLE_BYTES)
+            yield piece.name, slice(piece.at + first, piece.at + end), source[first:end]

@@ -65,6 +65,25 @@ def same_memory(tensor: torch.Tensor) -> tuple[Any, ...] | None:
     return (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device, seen, placed)
 
 
+def placed(tensors: Sequence[torch.Tensor]) -> tuple[Any, ...] | None:
+    """Equal for two lists of tensors whose elements are laid out the same way in the same memory; None where that can't be
+    told quickly. A third of a microsecond per tensor: what is done for each of many thousands at every save.
+    """
+    kinds = set(map(type, tensors))
+    sharded: list[tuple[Any, ...]] = []
+    if not kinds <= {torch.Tensor, nn.Parameter}:
+        if not kinds <= {torch.Tensor, nn.Parameter, DTensor}:
+            return None
+        sharded = [(t.device_mesh, t.placements, t.shape) for t in tensors if isinstance(t, DTensor)]
+        with torch.no_grad():  # else to_local makes a view
+            tensors = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+    try:
+        # Hashes, because keeping a shape of each would make Python's garbage collector look through all there is.
+        return list(map(id, tensors)), [hash((t.data_ptr(), t.shape, t.stride(), t.dtype)) for t in tensors], sharded
+    except RuntimeError:  # one that is no dense block
+        return None
+
+
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """The bytes of a tensor with elements, as uint8 of shape (nbytes,); without a copy when it is contiguous."""
     flat = tensor.resolve_conj().resolve_neg().contiguous().reshape(-1)

@@ -13,6 +13,7 @@ from typing import Any
 
 from ray_dr.checkpoint.described import describe
 from ray_dr.checkpoint.memory import attach
+from ray_dr.checkpoint.sealing import Same
 from ray_dr.errors import ConfigError, StoreError
 from ray_dr.model import codec
 from ray_dr.model.checkpoint import Part, StepRecord, VersionId
@@ -95,12 +96,13 @@ class Link:
         self._connection.send({"op": "want", "skipped": codec.to_json(skipped)})
 
     def staged(self, slot: int, part: Part, *, staged_at: float, stall_s: float, copy_to: Sequence[str],
-               to: Mapping[str, tuple[str, int]]) -> None:  # fmt: skip
+               to: Mapping[str, tuple[str, int]], forced: bool = False, same: Same = None) -> None:  # fmt: skip
         """Hand a filled slot over to the agent: for copies at the agents `copy_to`, and for durable places, with the job's
-        name and term there."""
+        name and term there. `forced`: the job waits for it; `same`: what it has in common with the one handed over before."""
         self._connection.send({
             "op": "staged", "slot": slot, "path": self._taken.get(slot, ""), "part": describe(part),
-            "staged_at": staged_at, "stall_s": stall_s, "copy_to": list(copy_to), "to": dict(to),
+            "staged_at": staged_at, "stall_s": stall_s, "copy_to": list(copy_to), "to": dict(to), "forced": forced,
+            "same": codec.to_json(same),
         })  # fmt: skip
 
     def step(self, record: StepRecord, at: float) -> None:

@@ -32,11 +32,12 @@ from ray_dr.train.data import Data
 from ray_dr.train.leaves import Local as Local
 from ray_dr.train.leaves import as_bytes as as_bytes
 from ray_dr.train.leaves import bytes_of as bytes_of
-from ray_dr.train.leaves import describe, same_memory
+from ray_dr.train.leaves import describe, placed, same_memory
 from ray_dr.train.values import decode as decode
 from ray_dr.train.values import encode as encode
 
 Objects = Mapping[str, Any]
+Named = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,21 +83,70 @@ class _Gathered:
 
 def flatten(objects: Objects, *, rank: int, world: int) -> Flat:
     """The state of named objects. Raises UnsupportedState naming what cannot be stored."""
-    gathered = _Gathered(rank, world)
-    scalars: dict[str, Any] = {}
-    names = parameter_names(objects)
+    return Flattener(rank, world).flatten(objects)
+
+
+class Flattener:
+    """Lays the same objects flat save after save. As long as their tensors stay where they are, so does the description: it
+    is then the very same dict. Numbers and strings are read anew.
+
+    Of tensors on devices nothing is kept: to refer to them would hold memory that the program may want to give back.
+    """
+
+    def __init__(self, rank: int, world: int) -> None:
+        self.rank, self.world = rank, world
+        self._seen: Any = None
+        self._tensors: dict[str, Local] = {}
+
+    def flatten(self, objects: Objects) -> Flat:
+        """The state. Raises UnsupportedState naming what cannot be stored."""
+        names = parameter_names(objects)
+        scalars: dict[str, Any] = {}
+        nested = {name: _read_scalars(name, value, names, scalars) for name, value in objects.items()}
+        seen = _outline(objects, names, nested)
+        if seen is not None and seen == self._seen:
+            return Flat(self._tensors, scalars)
+        self._seen, self._tensors = None, {}
+        tensors = self._described(objects, names, nested)
+        if not any(local.tensor.is_cuda for local in tensors.values()):
+            self._seen, self._tensors = seen, tensors
+        return Flat(tensors, scalars)
+
+    def _described(self, objects: Objects, names: Mapping[int, str], nested: Mapping[str, Named]) -> dict[str, Local]:
+        gathered = _Gathered(self.rank, self.world)
+        for name, value in objects.items():
+            if isinstance(value, nn.Module):
+                for key, tensor in _module_tensors(name, value).items():
+                    gathered.add(f"{name}/{key}", tensor)
+            elif isinstance(value, torch.optim.Optimizer):
+                for path, tensor in _state_tensors(name, value, names):
+                    gathered.add(path, tensor)
+            for path, tensor in nested[name].items():
+                gathered.add(path, tensor, whole=not isinstance(value, torch.optim.Optimizer))
+        return gathered.tensors
+
+
+def _outline(objects: Objects, names: Mapping[int, str], nested: Mapping[str, Named]) -> Any:
+    """Equal for two moments at which the objects have the same tensors under the same names; None where that can't be told."""
+    tensors: list[torch.Tensor] = []
+    keys: list[Any] = [names]
     for name, value in objects.items():
         if isinstance(value, nn.Module):
-            for key, tensor in _module_tensors(name, value).items():
-                gathered.add(f"{name}/{key}", tensor)
+            try:
+                found = unwrap(value).state_dict(keep_vars=True)
+            except TypeError:  # a module's own, which knows no arguments
+                return None
+            keys.append(list(found))
+            tensors += found.values()
         elif isinstance(value, torch.optim.Optimizer):
-            scalars[name] = _flatten_optimizer(name, value, names, gathered)
-        else:
-            found: dict[str, torch.Tensor] = {}
-            scalars[name] = encode(_state_dict_of(name, value), name, found)
-            for key, tensor in found.items():
-                gathered.add(key, tensor, whole=True)
-    return Flat(gathered.tensors, scalars)
+            every = [parameter for group in value.param_groups for parameter in group["params"]]
+            states = [value.state.get(parameter, {}) for parameter in every]
+            keys += [list(map(id, every)), [hash(tuple(state)) for state in states], len(value.state)]
+            tensors += [each for state in states for each in state.values() if isinstance(each, torch.Tensor)]
+        keys += [name, list(nested[name])]
+        tensors += nested[name].values()
+    laid = placed(tensors)
+    return None if laid is None else (keys, laid)
 
 
 def parameter_names(objects: Objects) -> dict[int, str]:
@@ -358,17 +408,15 @@ def _group_labels(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) ->
     return labels
 
 
-def _flatten_optimizer(
-    name: str, optimizer: torch.optim.Optimizer, names: Mapping[int, str], gathered: _Gathered
-) -> dict[str, Any]:
-    """The JSON value of an optimizer; its tensors are gathered."""
+def _state_tensors(
+    name: str, optimizer: torch.optim.Optimizer, names: Mapping[int, str]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of an optimizer's state, by path."""
     if "ZeroRedundancyOptimizer" in {kind.__name__ for kind in type(optimizer).__mro__}:  # its import is costly
         raise UnsupportedState(
             f"{name}: ZeroRedundancyOptimizer keeps other state on each rank under the same names "
             "(use fully_shard, or a plain optimizer)"
         )
-    state: dict[str, dict[str, Any]] = {}
-    nested: dict[str, torch.Tensor] = {}
     known: set[Any] = set()
     for label, parameter, _ in _labelled_parameters(optimizer, names):
         known.add(parameter)
@@ -377,23 +425,45 @@ def _flatten_optimizer(
             if not isinstance(key, str) or "/" in key:
                 raise UnsupportedState(f"{path}: the key {key!r} of an optimizer's state (use a string without a slash)")
             if isinstance(value, torch.Tensor):
-                gathered.add(path, value)
-            else:
-                state.setdefault(label, {})[key] = encode(value, path, nested)
+                yield path, value
     for key in optimizer.state.keys() - known:
         found = f"a parameter of shape {list(key.shape)}" if isinstance(key, torch.Tensor) else repr(key)
         raise UnsupportedState(
             f"{name}/state: holds something for {found}, which is in none of its parameter groups "
             "(remove it, or keep it in an object of its own)"
         )
+
+
+def _read_scalars(name: str, value: Any, names: Mapping[int, str], scalars: dict[str, Any]) -> Named:
+    """Put what an object keeps besides tensors into `scalars` as JSON; the tensors found inside of that."""
+    nested: Named = {}
+    if isinstance(value, torch.optim.Optimizer):
+        scalars[name] = _optimizer_scalars(name, value, names, nested)
+    elif not isinstance(value, nn.Module):
+        scalars[name] = encode(_state_dict_of(name, value), name, nested)
+    return nested
+
+
+def _optimizer_scalars(
+    name: str, optimizer: torch.optim.Optimizer, names: Mapping[int, str], nested: Named
+) -> dict[str, Any]:
+    """The JSON value of an optimizer: its groups, and what of its state is no tensor."""
+    state: dict[str, dict[str, Any]] = {}
+    labels: list[str] = []
+    for label, parameter, _ in _labelled_parameters(optimizer, names):
+        labels.append(label)
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if not isinstance(value, torch.Tensor):
+                state.setdefault(label, {})[key] = encode(value, f"{name}/state/{label}/{key}", nested)
     groups = []
-    for i, (group, labels) in enumerate(zip(optimizer.param_groups, _group_labels(optimizer, names), strict=True)):
+    first = 0
+    for i, group in enumerate(optimizer.param_groups):
+        mine = labels[first : first + len(group["params"])]
+        first += len(mine)
         values = {key: value for key, value in group.items() if key != "params"}
         if not all(isinstance(key, str) and not key.startswith("$") for key in values):
             raise UnsupportedState(f"{name}/param_groups/{i}: a key that is no plain string among {list(values)}")
-        groups.append({"params": labels, **encode(values, f"{name}/param_groups/{i}", nested)})
-    for path, tensor in nested.items():
-        gathered.add(path, tensor)
+        groups.append({"params": mine, **encode(values, f"{name}/param_groups/{i}", nested)})
     return {"param_groups": groups, "state": state}
 
 

@@ -9,9 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ray_dr.checkpoint.cadence import Bounds, Costs, choose
+from ray_dr.checkpoint.cadence import Bounds, Costs, Rhythm, choose
 from ray_dr.checkpoint.failures import ALL_PRIOR, DAY_S, Rate, measured_rate
+from ray_dr.model.attempt import Cadence
 from ray_dr.model.job import Every
+from ray_dr.model.journal import Where
 
 MONTH_S = 30 * DAY_S
 times = st.floats(1e-3, 1e4)
@@ -64,6 +66,40 @@ def test_a_dearer_save_never_makes_an_interval_shorter(
 ) -> None:
     dearer = Costs(costs.step_s, costs.cost_s * more, costs.write_s)
     assert choose(dearer, Rate(rate), bounds, current).steps >= choose(costs, Rate(rate), bounds, current).steps
+
+
+PLACES = {Where.MEMORY: "memory_every", Where.DISK: "disk_every", Where.STORE: "store_every", Where.SECOND: "second_every"}
+intervals = st.one_of(st.just(0), st.integers(1, 40))
+cadences = st.builds(Cadence, st.just(0), intervals, intervals, intervals, intervals)
+
+
+@given(st.integers(0, 90), cadences, st.lists(st.tuples(st.integers(1, 90), cadences), max_size=5))
+def test_no_gap_is_longer_than_the_longest_interval_that_was_in_force_in_it_whenever_intervals_change(
+    began: int, first: Cadence, changes: list[tuple[int, Cadence]]
+) -> None:
+    rhythm, cadence, step = Rhythm.begin(first, began), first, began
+    last, longest = dict.fromkeys(PLACES, began), {where: getattr(first, name) for where, name in PLACES.items()}
+    extra = dict.fromkeys(PLACES, 0)
+    for lasts, following in [*changes, (90, None)]:
+        for _ in range(lasts):
+            step += 1
+            rhythm, places = rhythm.next(step)
+            assert Where.MEMORY in places or not places
+            for where, name in PLACES.items():
+                every = getattr(cadence, name)
+                if every:
+                    assert step - last[where] < longest[where] or where in places
+                elif where is not Where.MEMORY:
+                    assert where not in places
+                if where in places:
+                    extra[where] += every > 0 and step % every > 0 and where is not Where.MEMORY
+                    last[where], longest[where] = step, every
+                else:
+                    assert not every or step % every, "multiples are always due"
+        if following is not None:
+            cadence, rhythm = following, rhythm.change(following)
+            longest = {where: max(longest[where], getattr(cadence, name)) for where, name in PLACES.items()}
+    assert all(count <= len(changes) for count in extra.values()), "one more for each change, at most"
 
 
 # ------------------------------------------------------------------------------------------------------- virtual time

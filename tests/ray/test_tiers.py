@@ -99,6 +99,25 @@ def test_with_the_first_store_and_the_disks_lost_the_job_goes_on_from_the_second
     assert jobs.final_state(jobs.replace(spec, store=spec.second)) == undisturbed
 
 
+def test_a_finished_job_run_again_without_its_first_store_leaves_its_last_version_there(
+    cluster: LocalCluster, tmp_path: Path, undisturbed: dict[str, bytes]
+) -> None:
+    spec = jobs.at_once(spec_of("finished", tmp_path))
+    assert jobs.start(replicated, spec).outcome().step == STEPS
+    for lost in ("store", "disk"):
+        shutil.rmtree(tmp_path / lost)
+    running = jobs.start(replicated, spec)
+    assert running.outcome().step == STEPS
+    (again,) = {record.version for record in restores(running)}
+    assert again.step == STEPS
+    for tier in (spec, jobs.replace(spec, store=spec.second)):
+        assert jobs.final_state(tier) == undisturbed
+    running = jobs.start(replicated, spec)
+    assert running.outcome().step == STEPS
+    newest = [m.version for m in CommitLog(open_store(spec.store.url), spec.name).checkpoints()]
+    assert newest == [restores(running)[-1].version], "both have it: nothing is saved once more"
+
+
 def test_the_parts_of_several_workers_of_a_node_reach_every_place(cluster: LocalCluster, tmp_path: Path) -> None:
     spec = spec_of("two-per-node", tmp_path, workers=Workers(1, 1, 1, per_node=2, cpus_per_worker=0.5))
     running = jobs.start(replicated, spec)

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from ray_dr.checkpoint.cadence import LONGEST_S, Bounds, Costs, best_interval, choose, due, span
+from ray_dr.checkpoint.cadence import LONGEST_S, Bounds, Costs, Rhythm, best_interval, choose, due, span
 from ray_dr.checkpoint.failures import Rate
+from ray_dr.model.attempt import Cadence
 from ray_dr.model.checkpoint import VersionId
 from ray_dr.model.job import Every
 from ray_dr.model.journal import Decided, Noted, PartSaved, Record, Where
@@ -105,6 +106,29 @@ def test_a_span_is_said_in_the_unit_that_fits(seconds: float, words: str) -> Non
 
 def test_due_counts_finished_steps() -> None:
     assert [step for step in range(7) if due(step, 3)] == [3, 6]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "at", "saved"),
+    [
+        (10, 9, 109, [100, 110, 117, 126]),  # the next multiple of 9 is 17 steps after the last of 10
+        (10, 9, 108, [100, 108, 117, 126]),
+        (10, 40, 121, [120, 160, 200]),
+        (10, 40, 131, [130, 160, 200]),
+        (40, 30, 111, [80, 120, 150, 180]),
+        (40, 150, 151, [120, 150 + 120, 300]),
+    ],
+)
+def test_when_an_interval_changes_no_two_saves_are_further_apart_than_the_larger_one(
+    old: int, new: int, at: int, saved: list[int]
+) -> None:
+    rhythm, found = Rhythm.begin(Cadence(0, 0, old), saved[0] - 1), []
+    for step in range(saved[0], saved[-1] + 1):
+        rhythm, places = (rhythm.change(Cadence(at, 0, new)) if step == at else rhythm).next(step)
+        if places:
+            assert places == {Where.STORE, Where.MEMORY}
+            found.append(step)
+    assert found == saved
 
 
 def add(state: Completeness, step: int, rank: int, where: Where, node: str = "n") -> tuple[Completeness, tuple]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from ray_dr.checkpoint import sealing
 from ray_dr.checkpoint.cut import OWN_BYTES, PAGE_BYTES, blocks, clear_gaps, cut, joined, place
 from ray_dr.checkpoint.save_plan import plan_save, replicated
-from ray_dr.checkpoint.sealing import PARTS_KEPT, Sealer
+from ray_dr.checkpoint.sealing import PARTS_KEPT, Same, Sealer
 from ray_dr.model.checkpoint import ALIGNMENT, CHUNK_BYTES, Box, Part, Shard, VersionId
 from ray_dr.train.staging import Planner, stage
 from ray_dr.train.state import flatten
@@ -141,10 +142,10 @@ class Counted:
         self.printed += len(data)
         return bytes(self._print(data))
 
-    def seal(self, sealer: Sealer, part: Part, stream: bytearray) -> tuple[int, int]:
+    def seal(self, sealer: Sealer, part: Part, stream: bytearray, same: Same = None) -> tuple[int, int]:
         """(bytes hashed, bytes fingerprinted); the names must be right."""
         self.hashed = self.printed = 0
-        for chunk, piece in sealer.seal(part, memoryview(stream)):
+        for chunk, piece in sealer.seal(part, memoryview(stream), same=same):
             assert chunk.id == blake3(stream[chunk.at : chunk.at + chunk.size]).hexdigest()
             assert bytes(piece) == stream[chunk.at : chunk.at + chunk.size]
         return self.hashed, self.printed
@@ -172,6 +173,21 @@ def test_what_always_changes_is_only_hashed(monkeypatch: pytest.MonkeyPatch) -> 
         for at in range(0, ALL, OWN_BYTES):
             stream[at] = number
         assert counted.seal(sealer, PART, stream) == (ALL, ALL if number == 1 else 0)
+
+
+def test_what_the_worker_says_is_the_same_is_not_looked_at_if_the_part_before_is_the_one_it_means(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    counted, sealer, stream = Counted(monkeypatch), Sealer(), bytearray(ALL)
+    step = [replace(PART, version=VersionId(1, number)) for number in range(5)]
+    counted.seal(sealer, step[1], stream)
+    middle = ((OWN_BYTES, 3 * OWN_BYTES),)
+    assert counted.seal(sealer, step[2], stream, same=(step[1].version, middle)) == (0, 2 * OWN_BYTES)
+    assert counted.seal(sealer, step[3], stream, same=(step[1].version, middle)) == (0, ALL), "step 2 was between"
+    crooked = ((0, OWN_BYTES - 1), (OWN_BYTES + 1, 3 * OWN_BYTES), (3 * OWN_BYTES, ALL))
+    assert counted.seal(sealer, step[4], stream, same=(step[3].version, crooked)) == (0, 2 * OWN_BYTES)
+    ids = [chunk.id for chunk, _ in sealer.seal(step[0], memoryview(stream), same=(step[4].version, ((0, ALL),)))]
+    assert ids == [blake3(stream[:OWN_BYTES]).hexdigest()] * 4
 
 
 def test_another_cut_and_another_rank_take_nothing_over(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,6 +283,23 @@ def test_a_change_that_leaves_no_trace_is_sent_all_the_same() -> None:
     assert state.seal().spans == FINE[:PER_BLOCK] + BLOCKS[1:]
     state.change(5, within=PAGE_BYTES // 2)
     assert (state.seal().spans, state.new) == (FINE[:PER_BLOCK] + BLOCKS[1:], OWN_BYTES)
+
+
+def test_what_the_worker_says_is_the_same_is_not_looked_at_in_large_chunks_and_fine_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted, sealer, stream = Counted(monkeypatch), Sealer(), bytearray(SMALL.size)
+    step = [replace(SMALL, version=VersionId(1, number)) for number in range(6)]
+    counted.seal(sealer, step[0], stream)
+    for at in range(0, SMALL.size, OWN_BYTES):
+        stream[at] = 1
+    assert counted.seal(sealer, step[1], stream) == (SMALL.size, 0)
+    everything = ((0, SMALL.size),)
+    assert counted.seal(sealer, step[2], stream, (step[1].version, everything)) == (0, 0)
+    stream[OWN_BYTES] = 2
+    but_one = ((0, OWN_BYTES), (2 * OWN_BYTES, SMALL.size))
+    assert counted.seal(sealer, step[3], stream, (step[2].version, but_one)) == (CHUNK_BYTES, CHUNK_BYTES)  # cut finely now
+    stream[OWN_BYTES] = 3
+    assert counted.seal(sealer, step[4], stream, (step[3].version, but_one)) == (OWN_BYTES, OWN_BYTES)
+    assert counted.seal(sealer, step[5], stream, (step[3].version, everything))[1] == SMALL.size  # step 4 was between
 
 
 def test_what_changes_in_large_chunks_is_only_hashed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,16 @@ from ray_dr.model.journal import Decided, JobOpened, Noted, PartSaved, Record, S
 from ray_dr.model.recovery import FormGroup, Group, Opened, Queued, Starting, State
 from ray_dr.stores.base import Buffer, Entry, Store, Traits
 from ray_dr.stores.memory import MemoryStore
-from ray_dr.telemetry.journal import Journal, Reader, last_attempt, read_journal, read_tail, segment_key
+from ray_dr.telemetry.journal import (
+    ATTEMPTS,
+    READERS,
+    Journal,
+    Reader,
+    last_attempt,
+    read_journal,
+    read_tail,
+    segment_key,
+)
 
 
 class Outage:
@@ -265,6 +274,22 @@ def test_knows_the_last_attempt_from_the_journal_alone() -> None:
     journal.append(stepped(1, attempt=2))
     journal.close()
     assert last_attempt(store, "job") == 4
+
+
+def test_the_last_attempt_of_a_long_calm_life_is_told_by_its_newest_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, read = MemoryStore(), list[str]()
+    for number in range(300):
+        journal = open_journal(store)
+        journal.append(stepped(number, attempt=7))
+        if number == 0:
+            journal.append(Decided(1.0, 1, 1, Opened(1.0, 1, 3), State(Queued(), attempt=8), (), "opened"))
+        if number == 250:
+            journal.append(Noted(1.0, "counted", {ATTEMPTS: 8}))
+        assert journal.close()
+    get = MemoryStore.get
+    monkeypatch.setattr(MemoryStore, "get", lambda self, key, **piece: (read.append(key), get(self, key, **piece))[1])
+    assert last_attempt(store, "job") == 8, "late steps of an older attempt tell less"
+    assert 300 - 250 <= len(read) <= 50 + READERS
 
 
 def test_the_end_of_a_journal_is_read_from_its_newest_beginning_on_and_no_further_than_allowed() -> None:

@@ -11,7 +11,7 @@ from ray_dr.errors import CorruptChunk, NotFound, StoreError
 from ray_dr.model.checkpoint import Box, Chunk, Part, Shard, StepRecord, VersionId
 from ray_dr.model.codec import to_json
 from ray_dr.repository import layout
-from ray_dr.repository.chunks import KnownChunks, chunk_id, get_chunk, put_chunk, read_chunk_into
+from ray_dr.repository.chunks import KnownChunks, chunk_id, get_chunk, put_chunk
 from ray_dr.repository.parts import PLANS_KEPT, encode_part, read_part, write_part
 from ray_dr.stores.faulty import FaultyStore
 from ray_dr.stores.memory import MemoryStore
@@ -96,28 +96,17 @@ def test_only_so_many_ids_are_remembered() -> None:
     assert [name in known for name in ("a", "b", "c")] == [True, False, True]
 
 
-def test_a_chunk_is_read_into_the_callers_memory() -> None:
-    store = MemoryStore()
-    put_chunk(store, "j", CHUNK, DATA, known=KnownChunks())
-    room = bytearray(len(DATA))
-    read_chunk_into(store, "j", CHUNK, memoryview(room))
-    assert room == DATA
-
-
 def test_every_truncated_or_flipped_byte_of_a_chunk_is_noticed() -> None:
     store = MemoryStore()
-    room = bytearray(len(DATA))
     for damaged in _damaged(DATA):
         store.put(layout.chunk_key("j", CHUNK), damaged)
         with pytest.raises(CorruptChunk):
             get_chunk(store, "j", CHUNK)
-        with pytest.raises(CorruptChunk):
-            read_chunk_into(store, "j", CHUNK, memoryview(room))
 
 
 def test_a_missing_chunk_is_not_found() -> None:
     with pytest.raises(NotFound):
-        read_chunk_into(MemoryStore(), "j", CHUNK, memoryview(bytearray(len(DATA))))
+        get_chunk(MemoryStore(), "j", CHUNK)
 
 
 def test_a_part_is_read_back_as_it_was_written() -> None:

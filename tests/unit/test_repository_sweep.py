@@ -21,7 +21,7 @@ from ray_dr.errors import Fenced, NotFound, StoreError
 from ray_dr.model.checkpoint import Chunk, Manifest, Part, VersionId
 from ray_dr.model.job import Keep
 from ray_dr.repository import commit, layout, prune
-from ray_dr.repository.chunks import KnownChunks, chunk_id, read_chunk_into
+from ray_dr.repository.chunks import KnownChunks, chunk_id, get_chunk
 from ray_dr.repository.commit import CommitLog, LogView
 from ray_dr.repository.parts import read_part
 from ray_dr.repository.saving import SavedPart, save_part
@@ -63,7 +63,7 @@ def restored(store: Store, manifest: Manifest) -> bytes:
     for part in (read_part(store, ref) for ref in manifest.parts):
         room = bytearray(part.size)
         for chunk in part.chunks:
-            read_chunk_into(store, manifest.job, chunk, memoryview(room)[chunk.at : chunk.at + chunk.size])
+            room[chunk.at : chunk.at + chunk.size] = get_chunk(store, manifest.job, chunk)
         streams.append(bytes(room))
     return b"".join(streams)
 

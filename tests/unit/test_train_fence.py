@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -10,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+import xxhash
+from blake3 import blake3
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
@@ -23,7 +26,7 @@ from ray_dr.train import fence
 from ray_dr.train.context import Context, Control, State, StopAttempt
 from ray_dr.train.fence import Fence
 from ray_dr.train.link import Link
-from ray_dr.train.staging import Copy, Planner, stage
+from ray_dr.train.staging import Copy, Piece, Planner, stage
 from ray_dr.train.state import flatten
 from tests.unit.train_programs import GUARD_S, TOKEN, Rows
 
@@ -233,6 +236,104 @@ def test_a_save_copied_at_the_last_moment_has_the_bytes_of_its_steps_end(
     assert link.saves == ends
     assert not link.notes
     assert len({ends[step]["model/norm.running_mean", (0,)] for step in ends}) == 5
+
+
+def test_what_moves_between_saves_is_copied_from_where_it_is(agent: Agent, link: Tapped, gate: Gate) -> None:
+    model = Net()
+    optimizer = Adam(model.parameters(), 0.1)
+    optimizer.register_step_pre_hook(gate.open)
+    usual = stepping(model, optimizer)
+    moves: dict[int, Callable[[], object]] = {
+        4: lambda: setattr(model.first.weight, "data", model.first.weight.data.clone()),
+        6: lambda: optimizer.state[model.last.bias].update(exp_avg=torch.ones(6)),
+        7: lambda: model.register_parameter("late", nn.Parameter(torch.ones(3))),
+        8: lambda: optimizer.add_param_group({"params": [model.late]}),
+        10: lambda: setattr(model.last, "weight", model.first.weight),
+    }
+
+    def body(step: int) -> None:
+        usual(step)
+        moves.get(step, lambda: None)()
+
+    ctx = context(agent, link, gate)
+    ends = train(ctx, ctx.restore(model=model, optimizer=optimizer), body, steps=12)
+    ctx.close()
+    assert link.saves == ends
+    assert gate.count == 11
+    assert not link.notes
+
+
+SIZES = (40_000, 150_001, 2**21 + 5)
+"""Elements: one that is copied along with others, one of one run, one of two."""
+
+
+class Frozen(nn.Module):
+    """Large buffers, and large parameters of an optimizer, of which now and then some change."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for number, size in enumerate(SIZES):
+            self.register_buffer(f"b{number}", torch.arange(size).float())
+            self.register_parameter(f"p{number}", nn.Parameter(torch.arange(size).float() + number))
+
+    def poke(self, chosen: random.Random) -> None:
+        """Change one element somewhere: in none, one, a few, or all of the tensors."""
+        every = [*self.parameters(), *self.buffers()]
+        with torch.no_grad():
+            for tensor in chosen.sample(every, chosen.choice((0, 0, 1, 1, 3, len(every)))):
+                tensor[chosen.randrange(len(tensor))] += 1
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_whatever_stays_the_same_for_however_long_every_save_has_its_bytes_and_their_names(
+    agent: Agent, link: Tapped, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fence, "AT_ONCE_BYTES", 1)
+    model, chosen, looked = Frozen(), random.Random(seed), Looked(monkeypatch)
+    optimizer = SGD(model.parameters(), 0.1)
+    ctx = context(agent, link, Gate())
+    ends, names = {}, {}
+    for step in ctx.steps(ctx.restore(model=model, optimizer=optimizer), until=30):
+        optimizer.step()  # without gradients: the fence is passed, nothing changes
+        model.poke(chosen)
+        ends[step + 1] = snapshot({"model": model, "optimizer": optimizer})
+        while len(names) < len(link.saves):
+            names |= named_right(agent)
+    ctx.close()
+    while len(names) < 30:
+        names |= named_right(agent)
+    assert link.saves == ends
+    assert all(names.values())
+    assert looked.worker > looked.agent, "most of it the agent is told"
+
+
+def named_right(agent: Agent) -> dict[int, bool]:
+    """Of the sealed saves that the agent holds: whether every chunk's name is that of the bytes there are."""
+    found = {}
+    for held in agent.vault.held():
+        holding = agent.vault.read(held.version, held.rank)
+        assert holding.part is not None
+        pairs = ((c.id, blake3(holding.view[c.at : c.at + c.size]).hexdigest()) for c in holding.part.chunks)
+        found[held.version.step] = all(name == real for name, real in pairs)
+        agent.vault.done(holding)
+    return found
+
+
+class Looked:
+    """Bytes of which fingerprints are taken, in the worker and in the agent."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.worker = self.agent = 0
+        taken = xxhash.xxh3_128_digest
+
+        def take(data: memoryview) -> bytes:
+            if threading.current_thread().name == "writer-seal":
+                self.agent += len(data)
+            else:
+                self.worker += len(data)
+            return taken(data)
+
+        monkeypatch.setattr(xxhash, "xxh3_128_digest", take)
 
 
 def test_the_first_step_of_any_optimizer_is_held_up(agent: Agent, link: Tapped, gate: Gate) -> None:
@@ -496,7 +597,7 @@ def test_a_copy_from_a_device_comes_after_all_that_the_device_was_given_before_a
     source = torch.zeros(2**10, 2**11, device="cuda")
     torch.cuda._sleep(200_000_000)  # about a tenth of a second, in which nothing below has happened on the device
     source.fill_(7.0)
-    copy = Copy([(slot.numpy().data, source.T)])
+    copy = Copy([Piece("w", 0, 8 * 2**20, source.T)], slot.numpy().data)
     del source
     thread = threading.Thread(target=copy.run)
     thread.start()

@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 
 from ray_dr.actors.node_agent import Agent
+from ray_dr.checkpoint.writer import Task
 from ray_dr.errors import StoreError
+from ray_dr.model import codec
 from ray_dr.model.attempt import Assignment, Cadence, Origin
-from ray_dr.model.checkpoint import VersionId
+from ray_dr.model.checkpoint import PartRef, VersionId
 from ray_dr.stores.wire import connect
 from ray_dr.train.data import StepBatch
 from ray_dr.train.session import normalise
@@ -159,6 +161,51 @@ def test_all_ranks_stop_at_the_common_step_and_the_state_goes_on_from_there(stag
     holders = {"0": (stage.agent.address,), "1": (stage.agent.address,)}
     stage.start(2, [1], Origin(version, 2, holders), steps=target + 2)
     assert stage.wait_for("WorkerReturned", "w1")["step"] == target + 2
+
+
+def stored(stage: Stage, version: VersionId) -> PartRef:
+    """The part list of a version that one rank put into the store."""
+    while True:
+        message = stage.said.get(timeout=GUARD_S)
+        found = message.get("record") or {}
+        if found.get("where") == "store" and found["version"] == codec.to_json(version):
+            ref: PartRef = codec.from_json(PartRef, message["ref"])
+            return ref
+
+
+@pytest.mark.parametrize("committed", [True, False])
+def test_without_a_step_left_to_do_a_version_is_saved_anew_if_and_only_if_the_store_lacks_it(
+    stage: Stage, committed: bool
+) -> None:
+    stage.add(1, walk)
+    stage.start(1, [0], steps=3)
+    ref = stored(stage, VersionId(1, 3))
+    for attempt in (2, 3):
+        holders = {"0": (stage.agent.address,)}
+        stage.agent.vault.begin(VersionId(1, 3))
+        stage.start(attempt, [0], Origin(VersionId(1, 3), 1, holders, (ref,) if committed or attempt == 3 else ()), steps=3)
+        while stage.wait_for("WorkerReturned", "w0")["attempt"] < attempt:
+            pass
+        assert stage.agent.writer.drain(GUARD_S)
+        saved = {held.version for held in stage.agent.vault.held()}
+        assert saved == {VersionId(1, 3), *([VersionId(2, 3)] if attempt == 2 and not committed else [])}
+
+
+def test_the_agent_is_told_that_the_job_waits_for_its_last_save_and_for_that_of_a_stop(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks: dict[VersionId, Task] = {}
+    submit = stage.agent.writer.submit
+    monkeypatch.setattr(stage.agent.writer, "submit", lambda task: (tasks.update({task.part.version: task}), submit(task)))
+    stage.add(1, walk)
+    stage.start(1, [0], steps=3)
+    stage.wait_for("WorkerReturned", "w0")
+    stage.start(2, [0], steps=10**9)
+    stage.wait_for("Stepped", step=5)
+    target = 60 + stage.ask(0, "status")["step"]
+    assert stage.ask(0, "stop_at", 2, target, True) < target
+    stage.wait_for("WorkerStopped", "w0")
+    assert {version for version, task in tasks.items() if task.forced} == {VersionId(1, 3), VersionId(2, target)}
 
 
 def test_an_error_of_the_program_is_reported_without_what_changes_from_run_to_run(stage: Stage) -> None:

@@ -23,8 +23,8 @@ from ray_dr.model.data import Order
 from ray_dr.repository.chunks import chunk_id
 from ray_dr.train.data import Data
 from ray_dr.train.restore import _buffers
-from ray_dr.train.staging import Planner, stage
-from ray_dr.train.state import Target, bytes_of, flatten
+from ray_dr.train.staging import Copy, Planner, pieces, stage
+from ray_dr.train.state import Flat, Flattener, Target, bytes_of, flatten
 
 Objects = Mapping[str, Any]
 
@@ -346,3 +346,104 @@ def test_the_save_plan_is_made_once_for_a_state_that_stays_the_same() -> None:
     assert planner.plan(flatten(objects, rank=0, world=1)) is first
     train(model, optimizer, lr_scheduler.ExponentialLR(optimizer, 1.0), 1)
     assert planner.plan(flatten(objects, rank=0, world=1)).size > first.size
+
+
+class Tied(nn.Module):
+    """Modules with a tied weight, a buffer, and an integer among an optimizer's state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.norm = nn.Linear(4, 4), nn.Linear(4, 4), nn.BatchNorm1d(4)
+        self.two.weight = self.one.weight
+
+
+def trained() -> dict[str, Any]:
+    """A tied model after a step, its optimizer with a number in its state, and a user's object with a tensor."""
+    model = Tied()
+    optimizer = torch.optim.Adam(model.parameters(), 0.1)
+    model.two(model.norm(model.one(torch.ones(2, 4)))).sum().backward()
+    optimizer.step()
+    optimizer.state[model.one.bias]["count"] = 1
+    return {"model": model, "optimizer": optimizer, "bag": Bag({"mean": torch.ones(3), "n": 1})}
+
+
+def plain(flat: Flat) -> Any:
+    """All there is in a flat state: descriptions, places in memory and in which form, scalars."""
+    seen = {name: (each.leaf, each.tensor.data_ptr(), each.tensor.stride()) for name, each in flat.tensors.items()}
+    return list(seen.items()), flat.scalars
+
+
+NEW_NUMBERS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "nothing": lambda o: None,
+    "rate": lambda o: o["optimizer"].param_groups[0].update(lr=0.5),
+    "count": lambda o: o["optimizer"].state[o["model"].one.bias].update(count=2),
+    "bag's number": lambda o: o["bag"].state.update(n=2),
+    "values": lambda o: o["optimizer"].step(),
+}
+NEW_TENSORS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "data swapped": lambda o: setattr(o["model"].one.bias, "data", torch.zeros(4)),
+    "data turned": lambda o: setattr(o["model"].one.weight, "data", o["model"].one.weight.data.t()),
+    "data in another form": lambda o: setattr(o["model"].one.bias, "data", o["model"].one.bias.data.view(2, 2)),
+    "data of another type": lambda o: setattr(o["model"].norm.running_mean, "data",
+                                              o["model"].norm.running_mean.data.view(torch.int32)),
+    "untied": lambda o: setattr(o["model"].two, "weight", nn.Parameter(torch.zeros(4, 4))),
+    "tied": lambda o: setattr(o["model"].two, "bias", o["model"].one.bias),
+    "buffer added": lambda o: o["model"].register_buffer("more", torch.zeros(2)),
+    "buffer taken": lambda o: o["model"].norm.register_buffer("running_mean", None),
+    "renamed": lambda o: o["model"].add_module("three", o["model"].__dict__["_modules"].pop("two")),
+    "state replaced": lambda o: o["optimizer"].state[o["model"].one.bias].update(exp_avg=torch.zeros(4)),
+    "state renamed": lambda o: o["optimizer"].state[o["model"].one.bias].update(
+        other=o["optimizer"].state[o["model"].one.bias].pop("exp_avg")),
+    "state gone": lambda o: o["optimizer"].state.pop(o["model"].one.bias),
+    "number became a tensor": lambda o: o["optimizer"].state[o["model"].one.bias].update(count=torch.ones(1)),
+    "parameter of the optimizer's own": lambda o: o["optimizer"].add_param_group({"params": [nn.Parameter(torch.ones(2))]}),
+    "bag's tensor": lambda o: o["bag"].state.update(mean=torch.ones(3)),
+    "bag's tensor renamed": lambda o: o["bag"].state.update(other=o["bag"].state.pop("mean")),
+    "another object": lambda o: o.update(second=nn.Linear(2, 2)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", [*NEW_NUMBERS, *NEW_TENSORS])
+def test_what_is_kept_of_a_description_is_what_a_new_one_would_be(change: str) -> None:
+    objects = trained()
+    flattener = Flattener(0, 2)
+    before = flattener.flatten(objects)
+    (NEW_NUMBERS | NEW_TENSORS)[change](objects)
+    after = flattener.flatten(objects)
+    assert plain(after) == plain(flatten(objects, rank=0, world=2))
+    assert (after.tensors is before.tensors) == (change in NEW_NUMBERS)
+
+
+def test_a_description_that_failed_is_not_taken_for_the_one_before() -> None:
+    objects = trained()
+    flattener = Flattener(0, 1)
+    flattener.flatten(objects)
+    objects["model"].norm.running_mean = torch.zeros(4).to_sparse()
+    for _ in range(2):
+        with pytest.raises(UnsupportedState, match=r"model/norm\.running_mean"):
+            flattener.flatten(objects)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64, torch.bool, torch.float64])
+def test_small_and_large_pieces_in_every_form_have_the_bytes_of_their_tensors(dtype: torch.dtype) -> None:
+    base = torch.arange(400_000).to(dtype)
+    held = {
+        "words": base[:64], "odd": base[:33], "late": base[1:65], "single": base[7], "turned": base[:64].view(8, 8).t(),
+        "every other": base[:64:2], "large": base, "empty": base[:0], "conjugated": base[:64].conj(),
+    }  # fmt: skip
+    bag = Bag(held)
+    flat = flatten({"bag": bag}, rank=0, world=1)
+    plan = Planner(0, 1).plan(flat)
+    slot = memoryview(bytearray(b"\xaa" * plan.size))
+    stage(plan, flat, slot)
+    end = 0
+    for shard in plan.shards:
+        assert not any(slot[end : shard.at]), "gaps are zero"
+        end = shard.at + shard.box.size
+    kept = Copy(pieces(plan, flat), slot)
+    for _ in range(2):
+        for shard in plan.shards:
+            tensor = flat.tensors[shard.box.name].tensor
+            assert slot[shard.at : shard.at + shard.box.size] == bytes_of(tensor), shard.box.name
+        base.copy_(base.flip(0))
+        kept.run()

@@ -19,7 +19,7 @@ from ray_dr.model.journal import Decided, Noted, PartSaved, Where
 from ray_dr.model.recovery import FirstStep, FormGroup, Group, Node, Running, Starting, State, Tick
 from ray_dr.stores.base import Store
 from ray_dr.stores.memory import MemoryStore
-from ray_dr.telemetry.journal import Journal, read_journal
+from ray_dr.telemetry.journal import Journal, last_attempt, read_journal
 
 GROUP = Group(1, ("a/0",), None)
 AGAIN = Group(2, ("a/0",), VersionId(1, 3))
@@ -45,6 +45,7 @@ class Supervisor:
     notes: list[Noted] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self.state = State(Running(GROUP), attempt=3)
         self.pace, self.progress = Pace(), Progress(1, 1)
         self.perform = Workers(first_cadence(self.job))
         self.tuning = Tuning(self)  # type: ignore[arg-type]
@@ -147,6 +148,7 @@ def test_what_is_counted_is_noted_so_that_the_next_life_need_not_read_it_all(mon
     (note,) = host.notes
     assert note.name == COUNTED
     write(host.store, 1, note)
+    assert last_attempt(host.store, "job") == 3
     assert count_losses(read_journal(host.store, "job")) == host.pace.losses.tally()
 
 

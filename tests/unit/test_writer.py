@@ -52,7 +52,7 @@ class Bench:
         self.slots, self.free = attach(path, self.per_slot * count), set(free)
 
     def save(self, step: int, *, peer: str = "", to_store: bool = False, to: Places = MappingProxyType({}),
-             peers: tuple[str, ...] = ()) -> bytes:  # fmt: skip
+             peers: tuple[str, ...] = (), forced: bool = False) -> bytes:  # fmt: skip
         with self.freed:
             while not self.freed.wait_for(lambda: self.free, 0.05):
                 self.now += GIVE_UP_S
@@ -65,7 +65,7 @@ class Bench:
         holding = self.vault.stage("w0", slot, version=version, rank=0, world=1, size=SIZE)
         part = Part(version, 0, 1, SIZE, (), ())
         self.writer.submit(
-            Task(holding, part, 0.0, 0.0, (peer,) if peer else peers, {**to, **STORE} if to_store else to)
+            Task(holding, part, 0.0, 0.0, (peer,) if peer else peers, {**to, **STORE} if to_store else to, forced)
         )
         return data
 
@@ -294,10 +294,27 @@ def test_saves_that_come_while_the_store_is_busy_are_given_up_and_hold_no_slot(b
     assert bench.stored(9) == last
 
 
+def test_a_save_that_the_job_waits_for_lines_up_behind_the_one_the_store_is_taking_and_gives_way_to_nothing(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passed: list[bool] = []
+    monkeypatch.setattr(Turn, "pass_chunk", lambda turn: passed.append(turn._forced))
+    released = bench.store.hang("put")
+    bench.save(1, to_store=True)
+    bench.until_the_store_is_asked()
+    last = bench.save(2, to_store=True, forced=True)
+    assert bench.writer.settle(WAIT_S)
+    released.set()
+    assert bench.writer.drain(WAIT_S)
+    assert bench.notes == []
+    assert bench.stored(2) == last
+    assert passed == [False, False, True, True]
+
+
 def test_a_chunk_is_in_the_store_before_the_last_one_is_hashed(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     stored = threading.Event()
 
-    def slow_seal(part: Part, stream: memoryview) -> Iterator[Any]:
+    def slow_seal(part: Part, stream: memoryview, **_: Any) -> Iterator[Any]:
         first, *rest = Sealer().seal(part, stream)
         yield first
         assert stored.wait(WAIT_S), "its chunk is put while the next one is not sealed yet"
