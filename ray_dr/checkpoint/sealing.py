@@ -13,8 +13,8 @@ stretches of its part stay what they were (`train.staging`) says so (`same`), an
 
 Small tensors are cut finely (`checkpoint.cut`), for the sake of those that change alone. Where all of a block's chunks have
 changed, it becomes one chunk instead, so that many small tensors cost what few large ones do. What is in memory of a part
-to tell so are its *traces*, one byte of each page: those of a chunk differ only if the chunk does. A block stays one
-chunk until something in it changes and something does not: then it is cut finely again, and what of it had not changed is
+to tell so are its *traces*, eight bytes of each page (adding 1.0 may leave the first two of a float alone): those of a chunk
+differ only if the chunk does. A block stays one chunk until something in it changes and something does not: then it is cut finely again, and what of it had not changed is
 sent once more; so is what another process goes on from that has never seen it change. What never changed is never joined,
 so that the chunks of frozen tensors keep the names that other saves and jobs give them.
 """
@@ -141,9 +141,15 @@ def _name_block(
 def _trace(span: Span, stream: memoryview, before: _Seen, now: _Seen, kept: frozenset[Span]) -> bool:
     """Whether a chunk is known to have changed."""
     old = before.traces.get(span)
-    new = old if old is not None and span in kept else bytes(_piece(stream, span)[::PAGE_BYTES])
+    new = old if old is not None and span in kept else _words(_piece(stream, span))
     now.traces[span] = new
     return old is not None and old != new
+
+
+def _words(piece: memoryview) -> bytes:
+    """The first eight bytes of each page."""
+    whole = len(piece) // 8 * 8
+    return bytes(piece[:whole].cast("Q")[:: PAGE_BYTES // 8]) if whole else bytes(piece)
 
 
 def _piece(stream: memoryview, span: Span) -> memoryview:

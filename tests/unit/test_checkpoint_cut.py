@@ -258,6 +258,14 @@ def test_small_tensors_that_all_change_are_sent_in_large_chunks() -> None:
     assert (state.spans, state.new) == (BLOCKS, 0)
 
 
+@pytest.mark.parametrize("within", [0, 3, 7])
+def test_a_change_of_any_byte_at_the_start_of_a_page_tells_of_it(within: int) -> None:
+    """Adding 1.0 to a float32 may change its third and fourth byte only."""
+    state = Small().seal()
+    state.change(*ALL_BOXES, within=within)
+    assert state.seal().spans == BLOCKS
+
+
 def test_a_block_is_cut_finely_where_not_all_of_it_changes() -> None:
     state = Small()
     state.change(*ALL_BOXES)
