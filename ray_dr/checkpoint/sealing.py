@@ -14,9 +14,10 @@ stretches of its part stay what they were (`train.staging`) says so (`same`), an
 Small tensors are cut finely (`checkpoint.cut`), for the sake of those that change alone. Where all of a block's chunks have
 changed, it becomes one chunk instead, so that many small tensors cost what few large ones do. What is in memory of a part
 to tell so are its *traces*, eight bytes of each page (adding 1.0 may leave the first two of a float alone): those of a chunk
-differ only if the chunk does. A block stays one chunk until something in it changes and something does not: then it is cut finely again, and what of it had not changed is
-sent once more; so is what another process goes on from that has never seen it change. What never changed is never joined,
-so that the chunks of frozen tensors keep the names that other saves and jobs give them.
+differ only if the chunk does. A block stays one chunk until something in it changes and something does not: then it is cut
+finely again, and what of it had not changed is sent once more; so is what another process goes on from that has never seen
+it change. What never changed is never joined, so that the chunks of frozen tensors keep the names that other saves and
+jobs give them.
 """
 
 from __future__ import annotations
