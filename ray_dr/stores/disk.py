@@ -59,10 +59,10 @@ class FileStore:
                 self._check_root(key)
                 self._files.make(staged, memoryview(data).cast("B"))
                 self._name(staged, target, key, if_absent=if_absent)
-                _sync_directory(target.parent)
-            finally:
-                with suppress(OSError):
-                    staged.unlink()
+            except BaseException:
+                _drop(staged)
+                raise
+            _sync_directory(target.parent)
 
     def get(self, key: str, *, start: int = 0, size: int | None = None) -> bytes:
         with self._opened(key) as fd:
@@ -160,6 +160,7 @@ def _give_name(staged: Path, target: Path, key: str, *, if_absent: bool) -> None
         return
     try:
         os.link(staged, target)
+        _drop(staged)
     except FileExistsError:
         raise AlreadyExists("the name is taken", key=key) from None
     except OSError as error:
@@ -167,6 +168,11 @@ def _give_name(staged: Path, target: Path, key: str, *, if_absent: bool) -> None
             remedy = "put-if-absent needs hard links, which this filesystem lacks; use a directory on another one"
             raise StoreError(remedy, key=key) from error
         raise
+
+
+def _drop(staged: Path) -> None:
+    with suppress(OSError):
+        staged.unlink()
 
 
 def _read_exactly(fd: int, into: memoryview, start: int, key: str) -> None:

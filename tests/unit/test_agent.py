@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -219,7 +221,10 @@ def test_a_peer_is_told_of_a_part_all_that_its_worker_said_at_every_save(agent: 
     link.close()
 
 
-@pytest.mark.parametrize("shards", [[], None, 3, "[{}]", "nonsense"])
+CUT_OFF = base64.b64encode(zlib.compress(b"[]")[:-1]).decode()
+
+
+@pytest.mark.parametrize("shards", [[], None, 3, "[{}]", "nonsense", "bm9uc2Vuc2U=", "", CUT_OFF])
 def test_a_description_that_does_not_fit_is_a_value_error(shards: Any) -> None:
     with pytest.raises(ValueError):
         parse({**describe(Part(VersionId(1, 1), 0, 1, 0, (), ())), "shards": shards})

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ray_dr.checkpoint import sealing
-from ray_dr.checkpoint.cut import OWN_BYTES, PAGE_BYTES, clear_gaps, cut, place
+from ray_dr.checkpoint.cut import OWN_BYTES, PAGE_BYTES, blocks, clear_gaps, cut, joined, place
 from ray_dr.checkpoint.save_plan import plan_save, replicated
 from ray_dr.checkpoint.sealing import PARTS_KEPT, Same, Sealer
 from ray_dr.model.checkpoint import ALIGNMENT, CHUNK_BYTES, Box, Part, Shard, VersionId
@@ -40,7 +40,7 @@ def test_a_large_tensor_shares_no_chunk_and_small_ones_share_those_of_half_a_meg
     assert sum(length for _, length in runs) == size
     assert all(at + length == following for (at, length), (following, _) in pairwise(runs))
     for at, length in runs:
-        inside = [s for s in shards if s.box.size and s.at < at + length and at < s.at + s.box.size]
+        inside = _inside(shards, at, at + length)
         assert at % PAGE_BYTES == 0
         assert 0 < length <= CHUNK_BYTES
         assert len(inside) == 1 or length < OWN_BYTES + PAGE_BYTES
@@ -58,6 +58,35 @@ def test_chunks_tile_a_stream_wherever_its_boxes_lie(boxes: list[tuple[int, int]
     assert [at for at, _ in runs] == [sum(length for _, length in runs[:i]) for i in range(len(runs))]
     assert sum(length for _, length in runs) == end + behind
     assert all(0 < length <= CHUNK_BYTES for _, length in runs)
+
+
+@given(st.lists(SIZES, max_size=60) | st.lists(st.sampled_from((1, 300_000, OWN_BYTES - 1)), min_size=20, max_size=60))
+def test_blocks_are_the_chunks_that_small_tensors_share_side_by_side(sizes: list[int]) -> None:
+    shards, size = laid_out(sizes)
+    found = blocks(shards, size)
+    assert tuple(span for block in found for span in block) == cut(shards, size)
+    for block in found:
+        at, length = joined(block)
+        assert (at, at + length) == (block[0][0], sum(block[-1]))
+        assert length <= CHUNK_BYTES
+        assert len(block) == 1 or not any(s.box.size >= OWN_BYTES for s in _inside(shards, at, at + length))
+    for block, following in pairwise(found):
+        together = (block[0][0], sum(following[0]))
+        if not any(s.box.size >= OWN_BYTES for s in _inside(shards, *together)):
+            assert together[1] - together[0] > CHUNK_BYTES  # it does not fit
+
+
+def _inside(shards: tuple[Shard, ...], first: int, end: int) -> list[Shard]:
+    return [s for s in shards if s.box.size and s.at < end and first < s.at + s.box.size]
+
+
+def test_boxes_that_lie_anyhow_are_in_blocks_that_tile_the_stream() -> None:
+    """An empty box at the place of a large one, a gap before the first, bytes behind the last."""
+    big = 2 * CHUNK_BYTES
+    for shards in ([shard(0, big), shard(0, 0)], [shard(0, 0), shard(0, big)], [shard(big, 5)], [shard(0, 5)], []):
+        found = blocks(shards, 2 * big)
+        assert [block[0][0] for block in found] == list(range(0, 2 * big, CHUNK_BYTES))
+        assert all(block[0][1] == CHUNK_BYTES for block in found)
 
 
 def test_a_tensor_has_the_same_chunks_wherever_it_lies() -> None:
@@ -177,9 +206,119 @@ def test_a_seal_that_was_given_up_takes_nothing_away(monkeypatch: pytest.MonkeyP
 
 
 def test_threads_give_the_same_chunks_in_order() -> None:
-    stream = memoryview(bytearray(range(256)) * (ALL // 256))
+    stream = memoryview(bytearray(range(256)) * (SMALL.size // 256))
     with ThreadPoolExecutor(3) as pool:
-        assert [c for c, _ in Sealer().seal(PART, stream, pool)] == [c for c, _ in Sealer().seal(PART, stream)]
+        for part in (PART, SMALL):
+            assert [c for c, _ in Sealer().seal(part, stream, pool)] == [c for c, _ in Sealer().seal(part, stream)]
+
+
+EACH = OWN_BYTES // 2
+"""Two such boxes share a chunk, sixteen such chunks are a block."""
+PER_BLOCK = CHUNK_BYTES // OWN_BYTES
+SMALL = Part(VersionId(1, 1), 0, 1, 2 * CHUNK_BYTES, tuple(shard(n * EACH, EACH) for n in range(4 * PER_BLOCK)), ())
+FINE = [(at, OWN_BYTES) for at in range(0, SMALL.size, OWN_BYTES)]
+BLOCKS = [(0, CHUNK_BYTES), (CHUNK_BYTES, CHUNK_BYTES)]
+
+
+class Small:
+    """A state all of which is small tensors, sealed by one process again and again."""
+
+    def __init__(self) -> None:
+        self.stream, self._sealer = bytearray(SMALL.size), Sealer()
+        self._names: set[str] = set()
+        self.spans: list[tuple[int, int]] = []
+        self.new = 0
+
+    def change(self, *boxes: int, within: int = 0) -> None:
+        """Change one byte in each of the first page of boxes."""
+        for box in boxes:
+            self.stream[box * EACH + within] = (self.stream[box * EACH + within] + 1) % 256
+
+    def seal(self) -> Small:
+        """Then `spans` are the chunks, and `new` the bytes of those that the save before had not named."""
+        found = [chunk for chunk, _ in self._sealer.seal(SMALL, memoryview(self.stream))]
+        for chunk in found:
+            assert chunk.id == blake3(self.stream[chunk.at : chunk.at + chunk.size]).hexdigest()
+        self.spans = [(chunk.at, chunk.size) for chunk in found]
+        self.new = sum(chunk.size for chunk in found if chunk.id not in self._names)
+        self._names = {chunk.id for chunk in found}
+        return self
+
+
+ALL_BOXES = range(4 * PER_BLOCK)
+
+
+def test_small_tensors_that_all_change_are_sent_in_large_chunks() -> None:
+    state = Small().seal()
+    assert state.spans == FINE
+    for _ in range(3):
+        state.change(*ALL_BOXES)
+        assert state.seal().spans == BLOCKS
+    state.seal()
+    assert (state.spans, state.new) == (BLOCKS, 0)
+
+
+@pytest.mark.parametrize("within", [0, 3, 7])
+def test_a_change_of_any_byte_at_the_start_of_a_page_tells_of_it(within: int) -> None:
+    """Adding 1.0 to a float32 may change its third and fourth byte only."""
+    state = Small().seal()
+    state.change(*ALL_BOXES, within=within)
+    assert state.seal().spans == BLOCKS
+
+
+def test_a_block_is_cut_finely_where_not_all_of_it_changes() -> None:
+    state = Small()
+    state.change(*ALL_BOXES)
+    state.seal()
+    state.change(*ALL_BOXES[2 * PER_BLOCK :], 3)
+    assert state.seal().spans == FINE[:PER_BLOCK] + BLOCKS[1:]
+    assert state.new == OWN_BYTES + CHUNK_BYTES
+    state.change(3)
+    assert (state.seal().spans, state.new) == (FINE[:PER_BLOCK] + BLOCKS[1:], OWN_BYTES)  # nothing else is sent again
+    state.change(2 * PER_BLOCK)
+    assert state.seal().spans == FINE
+    state.change(2 * PER_BLOCK)
+    assert (state.seal().spans, state.new) == (FINE, OWN_BYTES)
+
+
+def test_a_change_that_leaves_no_trace_is_sent_all_the_same() -> None:
+    state = Small()
+    for _ in range(2):
+        state.seal()
+        state.change(*ALL_BOXES)
+    assert state.seal().spans == BLOCKS
+    state.change(5, within=PAGE_BYTES // 2)
+    assert state.seal().spans == FINE[:PER_BLOCK] + BLOCKS[1:]
+    state.change(5, within=PAGE_BYTES // 2)
+    assert (state.seal().spans, state.new) == (FINE[:PER_BLOCK] + BLOCKS[1:], OWN_BYTES)
+
+
+def test_what_the_worker_says_is_the_same_is_not_looked_at_in_large_chunks_and_fine_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted, sealer, stream = Counted(monkeypatch), Sealer(), bytearray(SMALL.size)
+    step = [replace(SMALL, version=VersionId(1, number)) for number in range(6)]
+    counted.seal(sealer, step[0], stream)
+    for at in range(0, SMALL.size, OWN_BYTES):
+        stream[at] = 1
+    assert counted.seal(sealer, step[1], stream) == (SMALL.size, 0)
+    everything = ((0, SMALL.size),)
+    assert counted.seal(sealer, step[2], stream, (step[1].version, everything)) == (0, 0)
+    stream[OWN_BYTES] = 2
+    but_one = ((0, OWN_BYTES), (2 * OWN_BYTES, SMALL.size))
+    assert counted.seal(sealer, step[3], stream, (step[2].version, but_one)) == (CHUNK_BYTES, CHUNK_BYTES)  # cut finely now
+    stream[OWN_BYTES] = 3
+    assert counted.seal(sealer, step[4], stream, (step[3].version, but_one)) == (OWN_BYTES, OWN_BYTES)
+    assert counted.seal(sealer, step[5], stream, (step[3].version, everything))[1] == SMALL.size  # step 4 was between
+
+
+def test_what_changes_in_large_chunks_is_only_hashed(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted, sealer, stream = Counted(monkeypatch), Sealer(), bytearray(SMALL.size)
+    counted.seal(sealer, SMALL, stream)
+    for number in range(1, 4):
+        for at in range(0, SMALL.size, OWN_BYTES):
+            stream[at] = number
+        assert counted.seal(sealer, SMALL, stream) == (SMALL.size, 0)
+    assert counted.seal(sealer, SMALL, stream) == (SMALL.size, SMALL.size)
+    assert counted.seal(sealer, SMALL, stream) == (0, SMALL.size)
 
 
 def test_the_ranks_remembered_have_a_limit() -> None:

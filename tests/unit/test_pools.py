@@ -31,7 +31,7 @@ SIZE = PAGES * 4096
 def mapped(pid: int | str = "self") -> list[int]:
     """Bytes that a process has met of each of its mappings of pools."""
     smaps = Path(f"/proc/{pid}/smaps").read_text()
-    return [int(kb) * 1024 for kb in re.findall(r"memfd:ray-dr.*?\nRss:\s+(\d+) kB", smaps, re.DOTALL)]
+    return [int(kb) * 1024 for kb in re.findall(r"memfd:ray-dr .*?\nRss:\s+(\d+) kB", smaps, re.DOTALL)]
 
 
 def assignment(agent: str, origin: Origin | None, *, rank: int = 0, world: int = 1, second_url: str = "") -> Assignment:

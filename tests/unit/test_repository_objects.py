@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
 
 from ray_dr.errors import CorruptChunk, NotFound, StoreError
 from ray_dr.model.checkpoint import Box, Chunk, Part, Shard, StepRecord, VersionId
+from ray_dr.model.codec import to_json
 from ray_dr.repository import layout
 from ray_dr.repository.chunks import KnownChunks, chunk_id, get_chunk, put_chunk
-from ray_dr.repository.parts import read_part, write_part
+from ray_dr.repository.parts import PLANS_KEPT, encode_part, read_part, write_part
 from ray_dr.stores.faulty import FaultyStore
 from ray_dr.stores.memory import MemoryStore
 from ray_dr.telemetry.journal import segment_key
@@ -125,6 +127,14 @@ def test_a_part_is_never_overwritten_by_a_different_one() -> None:
         assert read_part(store, again) == other
         assert read_part(store, ref) == a_part()
     assert write_part(store, "j", a_part(), term=3).key != ref.key
+
+
+def test_a_list_is_sorted_json_whichever_plans_were_written_before() -> None:
+    for number in [*range(2 * PLANS_KEPT), 0, 1]:
+        shards = tuple(Shard(Box(f"w{n}", "uint8", (97,), (0,), (97,)), at=64 * n) for n in range(number))
+        for step in (1, 2):
+            part = a_part(shards=shards, version=VersionId(1, step))
+            assert encode_part(part) == json.dumps(to_json(part), sort_keys=True, separators=(",", ":")).encode()
 
 
 def test_every_truncated_or_flipped_byte_of_a_part_is_noticed() -> None:

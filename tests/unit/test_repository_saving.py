@@ -8,8 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from ray_dr.errors import StoreError, StoreUnavailable
-from ray_dr.model.checkpoint import Chunk, Part, VersionId
-from ray_dr.repository.chunks import KnownChunks, chunk_id
+from ray_dr.model.checkpoint import Chunk, Manifest, Part, VersionId
+from ray_dr.repository import saving
+from ray_dr.repository.chunks import LISTS_LIMIT, KnownChunks, chunk_id
 from ray_dr.repository.commit import CommitLog
 from ray_dr.repository.saving import SavedPart, save_part
 from ray_dr.stores.base import Buffer
@@ -109,3 +110,33 @@ def test_each_chunk_is_told_once_and_whether_it_moved() -> None:
     assert first == [(PIECE, PIECE)] * CHUNKS
     assert [done for done, _ in again] == [PIECE] * CHUNKS
     assert sum(sent for _, sent in again) == 0
+
+
+def test_the_list_this_process_wrote_is_verified_for_the_next_save_but_not_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, known = MemoryStore(), KnownChunks()
+    log = CommitLog(store, "j")
+    log.take_term("a", 0.0)
+    chunks = tuple(Chunk(chunk_id(DATA[at : at + PIECE]), at, PIECE) for at in range(0, len(DATA), PIECE))
+
+    def put(step: int, known: KnownChunks) -> SavedPart:
+        part = Part(VersionId(1, step), 0, 1, len(DATA), (), chunks)
+        return save_part(store, log, "j", part, memoryview(DATA), term=1, known=known)
+
+    first = put(1, known)
+    log.commit(Manifest(1, "j", 1, VersionId(1, 1), 1, 0, (first.ref,), 0.0))
+    other = put(2, KnownChunks())  # another process parses it
+    monkeypatch.setattr(saving, "parse_part", None)
+    again = put(2, known)
+    assert again == other
+    assert (first.sent, again.sent, again.ref.base) == (len(DATA), 0, first.ref.digest)
+    store.put(first.ref.key, b"damaged")
+    broken = put(3, known)
+    assert (broken.sent, broken.ref.base) == (len(DATA), "")
+
+
+def test_only_so_many_lists_are_remembered() -> None:
+    known = KnownChunks()
+    for number in range(LISTS_LIMIT + 1):
+        known.wrote_list(str(number), [Chunk("id", 0, 1, f"folder {number}")])
+    assert known.named_by("0") is None
+    assert known.named_by(str(LISTS_LIMIT)) == {"id": f"folder {LISTS_LIMIT}"}

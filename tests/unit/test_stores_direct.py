@@ -183,7 +183,7 @@ def test_a_file_system_without_direct_writes_is_written_as_ever(ramfs: Path, mem
 def test_a_full_disk_is_called_so_and_nothing_is_left(
     small_disk: Path, memory: memoryview, cut: Callable[[memoryview], memoryview]
 ) -> None:
-    store, piece = FileStore(small_disk / "store"), cut(memory)[: DIRECT_FROM_BYTES + 11]
+    store, piece = FileStore(small_disk / "store"), cut(memory)[: ROOM_BYTES + 11]
     store.put("before", piece)
     with pytest.raises(StoreFull, match=r"free space or lower `keep`: .*big"):
         store.put("big", cut(memory))
