@@ -23,7 +23,7 @@ STAYS = 20
 @dataclass(slots=True)
 class Course:
     """One quantity's logarithm. Its baseline is the median of the newer half of 64 steps, its scatter the deviation of
-    all of them from it; steps of a spike enter neither. `rise_least`: no smaller rise is one."""
+    all of them from it; once a spike is suspected its steps enter neither. `rise_least`: no smaller rise is one."""
 
     rise_least: float
     past: deque[float] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
@@ -46,8 +46,7 @@ class Course:
         if self.stage == "withdrawn":
             if sum(self.highs) == 1 and high:
                 self.since = at
-            if not high:
-                self._learn(value)
+            self._learn(value)
             if sum(self.highs) < STEPS_HIGH:
                 return None
             self.stage, self.stayed = "suspected", 0

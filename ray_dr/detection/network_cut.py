@@ -31,7 +31,7 @@ class NetworkCut:
 
     Delay: 2.5 s between peers (1.5 s without an answer, lasting 1 s), 2 s from the head.
     False alarms: an agent would have to fail to answer for 2.5 s while it reports every 0.25 s all along: two threads
-    of one process, so no pause does it, and a node that was silent itself starts anew. From the head: reports would
+    of one process, so no pause does it, and lines to a silent node are not judged. From the head: reports would
     have to stop for 2 s while answers go on.
     """
 
@@ -58,8 +58,7 @@ class NetworkCut:
                 self._forget(sample.name)
 
     def _report(self, report: Report) -> None:
-        if self._hearing.heard(report.node, report.at) > FRESH_S:  # it slept, or its line did: what it says is old
-            self._broken = {pair: since for pair, since in self._broken.items() if report.node not in pair}
+        self._hearing.heard(report.node, report.at)
         if not report.peers and report.node not in self._lines:
             return
         self._lines[report.node] = {peer.node: report.at - peer.age_s for peer in report.peers}

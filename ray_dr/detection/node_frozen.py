@@ -25,6 +25,8 @@ AFTERWARDS_S = 0.5
 """A peer that heard the node so long after its last report shows that it lives (then it is cut off, not frozen)."""
 REMEMBERED = 256
 TAIL = 0.9
+FADE, BEYOND_LONGEST = 1 - 1e-5, 2.0
+"""The longest delay fades by half in five hours; twice as long is beyond what was ever seen, whatever a law says."""
 
 
 @dataclass(slots=True)
@@ -32,12 +34,14 @@ class Habit:
     """How late one node's reports are wont to be, in seconds beyond the promised beat."""
 
     late_s: deque[float] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
+    longest_s: float = 0.0
     _mean_s: float = 0.0
     _square: float = 0.0
 
     def add(self, late_s: float) -> None:
         """One more report came, `late_s` late."""
         self.late_s.append(late_s)
+        self.longest_s = max(late_s, self.longest_s * FADE)
         self._mean_s += (late_s - self._mean_s) / len(self.late_s)
         self._square += (late_s * late_s - self._square) / len(self.late_s)
 
@@ -45,14 +49,15 @@ class Habit:
         """-log10 of the chance that a living node is `late_s` late: of two laws the one that finds it less strange.
 
         A normal law whose sigma has a floor, beyond the pause anybody may take (the phi-accrual detector: Hayashibara et
-        al., SRDS 2004; the pause and the floor are Akka's); and an exponential tail fitted to this node's latest tenth.
+        al., SRDS 2004; the pause and the floor are Akka's); and an exponential tail fitted to this node's latest tenth, up to
+        twice the longest delay of the last hours, as delays have some bound and a law has none.
         """
         sigma_s = max(SIGMA_LEAST_S, math.sqrt(max(0.0, self._square - self._mean_s**2)))
         normal = -math.log10(max(1e-300, 0.5 * math.erfc((late_s - PAUSE_S - self._mean_s) / sigma_s / math.sqrt(2))))
         return min(normal, self._tail(late_s))
 
     def _tail(self, late_s: float) -> float:
-        if not self.late_s:
+        if not self.late_s or late_s > BEYOND_LONGEST * self.longest_s:
             return math.inf
         edge_s = quantile(self.late_s, TAIL)
         beyond = [late - edge_s for late in self.late_s if late > edge_s]
@@ -70,11 +75,12 @@ class NodeFrozen:
     make less suspicion enough. Silence of the host's own is not counted.
 
     Delay: 0.25 + 0.6 + 6.4 sigma = 1.5 s where reports are no more than 0.1 s irregular, 1.3 s with the peers' word; a
-    node whose reports are wont to be late is given more.
+    node whose reports are wont to be late is given more, up to twice what it was ever late by.
     False alarms: suspicion 10 is a chance of 1e-10 per report under the fitted law: with 4 reports/s one in 29 000
     days per node, one in 28 days with 1024 nodes (5, with the peers' word, needs both to fail together). Reality has
-    heavier tails, which is what the fitted tail and the pause are for; a finding is withdrawn when the node speaks
-    again, and what it was late by is learned.
+    heavier tails, which is what the fitted tail and the pause are for: were a node's delays exponential, with a mean
+    too long for the pause to cover (0.1 s and more), twice the longest would be exceeded once in 150 days (simulated).
+    A finding is withdrawn when the node speaks again, and what it was late by is learned.
     """
 
     name: ClassVar[str] = "node_frozen"

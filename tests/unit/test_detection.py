@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 
 from ray_dr.detection.detectors import DETECTORS, Detection
+from ray_dr.detection.node_frozen import SEEN_BY_PEERS, SURE, Habit
 from ray_dr.errors import ConfigError
 from ray_dr.model import codec
 from ray_dr.model.signal import (
@@ -162,6 +163,14 @@ def test_with_peers_that_hear_nothing_either_it_takes_less() -> None:
 
 def test_a_node_that_is_often_late_is_given_more_time() -> None:
     assert silent(40.0, late_s=0.5)[0].at > silent(40.0)[0].at + 0.3
+
+
+def test_rare_but_long_delays_are_remembered_as_what_they_are() -> None:
+    habit = Habit()
+    for beat in range(256):
+        habit.add(0.9 if beat % 20 == 0 else 0.0)
+    assert habit.suspicion(1.7) < SEEN_BY_PEERS
+    assert habit.suspicion(2.5) > SURE
 
 
 def test_a_host_that_slept_blames_nobody() -> None:
@@ -332,6 +341,23 @@ def test_a_first_step_may_take_minutes() -> None:
     assert feed([group(), *stand(dict.fromkeys(range(4), (0, OUT, 0)), 300.0, begin=0.0)]) == []
 
 
+def test_so_may_the_first_step_of_the_next_attempt_whatever_was_learned() -> None:
+    again = Formed(60.0, 2, group().members)
+    first = [replace(beacon(rank, 100, OUT, 0, 61.0), attempt=2) for rank in range(4)]
+    waits: list[Sample] = []
+    for beat in range(400):
+        at = 61.0 + beat / 4
+        waits += [*(report(at, f"n{rank}", beacons=(first[rank],)) for rank in range(4)), Now(at + 0.2)]
+    assert feed([*trained(), again, *waits]) == []
+
+
+def test_those_that_waited_for_a_slow_rank_do_not_hang_when_it_has_just_moved_on() -> None:
+    slow = {0: (120, WorkerPhase.EVAL, 120)} | dict.fromkeys(range(1, 4), (120, IN, 121))
+    samples = [*trained(), *stand(slow, 100.0)]
+    samples += [report(160.0, "n0", beacons=(beacon(0, 121, OUT, 123, 159.9),)), Now(160.3)]
+    assert feed(samples) == []
+
+
 def test_a_silent_agents_ranks_do_not_hang() -> None:
     """Of a frozen node nobody knows where its ranks are: NodeFrozen speaks of it, and those that wait are not to blame."""
     waiting = {0: (120, IN, 121), 1: (120, IN, 121), 2: (120, IN, 121)}
@@ -461,6 +487,7 @@ def test_a_store_that_is_away_counts_after_nine_tries_and_a_throttling_one_never
     assert told(stores(*away[1:9])) == []
     assert told(stores(*away[1:10])) == [(K.STORAGE, "confirmed", "node n1")]
     assert stores(*[StoreSeen("store", 8, 1)] * 300) == []
+    assert stores(*[StoreSeen("store", 99, 1)] * 300) == []
 
 
 def test_a_request_hangs_when_it_takes_far_longer_than_any_before() -> None:
