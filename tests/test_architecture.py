@@ -173,6 +173,18 @@ def test_decisions_import_no_clock_no_dice_no_threads_no_io() -> None:
     complain("decisions are pure", found)
 
 
+def test_decisions_are_made_of_decisions_and_values() -> None:
+    found = []
+    for path in FILES:
+        if part_of(path) in PURE_PACKAGES:
+            for name, node in imports(path):
+                parts = name.split(".")
+                inside = parts[0] == "ray_dr" and len(parts) > 1 and parts[1] not in (*PURE_PACKAGES, "errors")
+                if inside and "/".join(parts[1:]) + ".py" not in PURE_FILES:
+                    found.append(where(path, node))
+    complain("what is pure imports only what is pure", found)
+
+
 def test_only_config_reads_the_environment() -> None:
     found = [
         where(path, node)

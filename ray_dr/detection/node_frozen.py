@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from ray_dr.detection.robust import quantile
 from ray_dr.detection.silence import Hearing
-from ray_dr.model.signal import Closed, FaultKind, Finding, Now, RayWord, Released, Report, Sample, Subject
+from ray_dr.model.signal import Closed, FaultKind, Finding, Now, RayWord, Released, Report, Sample, Stage, Subject
 
 BEAT_S = 0.25
 """An agent promises a report at least this often (more often when there is news): only what is later than this is late."""
@@ -72,7 +72,8 @@ class NodeFrozen:
 
     Ray's word that the node is dead makes it NodeGone's; that it is alive says nothing, as Ray needs 15 s and more. Peers
     that hear the node after its last report acquit it (NetworkCut then names the line); peers that hear nothing either
-    make less suspicion enough. Silence of the host's own is not counted.
+    make less suspicion enough. Silence of the host's own is not counted; and when all nodes (two at least) are silent at
+    once it stays a suspicion, as it may be the head's own line, until one of them speaks.
 
     Delay: 0.25 + 0.6 + 6.4 sigma = 1.5 s where reports are no more than 0.1 s irregular, 1.3 s with the peers' word; a
     node whose reports are wont to be late is given more, up to twice what it was ever late by.
@@ -99,9 +100,11 @@ class NodeFrozen:
             case Report():
                 yield from self._report(sample)
             case Now():
-                for node, heard_at in self._hearing.heard_at.items():
-                    if sample.at - heard_at > BEAT_S + PAUSE_S and node not in self._told:
-                        yield from self._judge(node, heard_at, sample.at)
+                silent = {node: at for node, at in self._hearing.heard_at.items() if sample.at - at > BEAT_S + PAUSE_S}
+                alone = len(silent) < max(2, len(self._hearing.heard_at))
+                for node, heard_at in silent.items():
+                    if node not in self._told or (alone and self._told[node].stage == "suspected"):
+                        yield from self._judge(node, heard_at, sample.at, alone=alone)
             case Closed() | RayWord(alive=False):
                 self._forget(sample.node)
             case Released():
@@ -117,7 +120,7 @@ class NodeFrozen:
             evidence = f"node {report.node} speaks again after {late_s + BEAT_S:.2f} s"
             yield Finding(self.name, told.kind, told.subjects, report.at, told.since, evidence, stage="withdrawn")
 
-    def _judge(self, node: str, heard_at: float, at: float) -> Iterator[Finding]:
+    def _judge(self, node: str, heard_at: float, at: float, *, alone: bool) -> Iterator[Finding]:
         silent_s = at - heard_at
         suspicion = self._habits[node].suspicion(silent_s - BEAT_S)
         answers = [answer for said_at, answer in self._answered.get(node, {}).values() if said_at > heard_at]
@@ -127,10 +130,12 @@ class NodeFrozen:
         if suspicion < (SEEN_BY_PEERS if unheard else SURE):
             return
         word = f"; {len(answers)} peers hear nothing either" if unheard else ""
+        word += "" if alone else "; so have all others, so it may be the head's own line"
+        stage: Stage = "confirmed" if alone else "suspected"
         evidence = f"node {node} has said nothing for {silent_s:.2f} s (suspicion {suspicion:.0f}){word}"
         numbers = {"silent_s": silent_s, "suspicion": suspicion, "peers": float(len(answers))}
         self._told[node] = Finding(
-            self.name, FaultKind.NODE_FROZEN, (Subject(node),), at, heard_at, evidence, numbers=numbers
+            self.name, FaultKind.NODE_FROZEN, (Subject(node),), at, heard_at, evidence, stage=stage, numbers=numbers
         )
         yield self._told[node]
 

@@ -214,6 +214,12 @@ def test_an_echo_on_another_node_is_no_echo() -> None:
     assert [finding.kind for finding in diagnosis.besides] == [K.PROCESS_GONE]
 
 
+def test_a_neighbour_on_the_same_node_is_no_echo_either() -> None:
+    diagnosis = judged(found(K.OUT_OF_MEMORY, rank(2)), found(K.PROCESS_GONE, rank(3), at=10.5))
+    assert diagnosis.root.kind is K.OUT_OF_MEMORY
+    assert [finding.subjects for finding in diagnosis.besides] == [(rank(3),)]
+
+
 def test_nodes_that_go_together_are_one_incident_with_both() -> None:
     diagnosis = judged(found(K.NODE_GONE, Subject("n1")), found(K.NODE_GONE, Subject("n2"), at=10.4))
     assert diagnosis.subjects == (Subject("n1"), Subject("n2"))

@@ -178,6 +178,15 @@ def test_a_host_that_slept_blames_nobody() -> None:
     assert feed(samples) == []
 
 
+def test_when_all_nodes_are_silent_at_once_it_may_be_the_heads_own_line() -> None:
+    samples = [*beats(["n0", "n1"], 0.0, 10.0), *beats([], 10.0, 15.0)]
+    found = feed(samples)
+    assert {stage for _, stage, _ in told(found)} == {"suspected"}
+    assert all("the head's own line" in finding.evidence for finding in found)
+    one_speaks = feed([*samples, *beats(["n1"], 15.0, 16.0)])[len(found) :]
+    assert sorted((stage, named) for _, stage, named in told(one_speaks)) == [("confirmed", "node n0"), ("withdrawn", "node n1")]
+
+
 def test_a_node_that_speaks_again_is_withdrawn() -> None:
     samples = [*beats(["n0"], 0.0, 10.0), *beats([], 10.0, 13.0), *beats(["n0"], 13.0, 15.0)]
     assert [stage for _, stage, _ in told(feed(samples))] == ["confirmed", "withdrawn"]
