@@ -14,7 +14,7 @@ from ray_dr.model.signal import FaultKind, Finding, WorkerPhase
 from tests.simulation.training_world import World
 
 HOUR_S = 3600.0
-WARM_S = 240.0
+WARM_S = 150.0
 
 
 def watch(world: World, detection: Detection, seconds: float) -> list[Finding]:
@@ -36,7 +36,7 @@ def begin(world: World, seconds: float = WARM_S) -> Detection:
         (World(seed=3, step_s=0.3, common=0.15, own=1.4), 5.0),
         (World(seed=4, step_s=1.0, shards=2), 5.0),
         (World(seed=7, step_s=0.4, nodes=2, per_node=1), 5.0),
-        (World(seed=8, step_s=0.3, common=0.02, own=0.02), 1.0),
+        (World(seed=8, step_s=0.6, common=0.02, own=0.02), 1.0),
     ],
     ids=["short steps", "ranks differ", "long steps", "two nodes", "calm"],
 )
@@ -118,7 +118,7 @@ TABLE = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("seed", [11, 12, 13])
+@pytest.mark.parametrize("seed", [11, 12])
 @pytest.mark.parametrize("name", TABLE)
 def test_a_fault_is_found_in_time_and_the_right_one_is_named(name: str, seed: int) -> None:
     row = TABLE[name]
