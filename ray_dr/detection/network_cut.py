@@ -95,7 +95,7 @@ class NetworkCut:
     def _from_head(self, node: str, heard_at: float, at: float) -> dict[frozenset[str], tuple[float, str]]:
         hear = [
             peer for peer, answers in self._lines.items()
-            if self._fresh(peer, at) and answers.get(node, 0.0) > heard_at + AFTERWARDS_S
+            if self._fresh(peer, at) and answers.get(node, 0.0) > max(heard_at + AFTERWARDS_S, at - DEAF_S)
         ]  # fmt: skip
         evidence = f"node {node} has told the head nothing for {at - heard_at:.2f} s, but answers {len(hear)} peers"
         return {frozenset((node,)): (heard_at, evidence)} if hear else {}

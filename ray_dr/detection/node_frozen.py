@@ -21,8 +21,9 @@ SIGMA_LEAST_S = 0.1
 SURE, SEEN_BY_PEERS = 10.0, 5.0
 """Suspicion that is enough alone, and together with peers that hear nothing either."""
 UNANSWERED_S = 0.9
-AFTERWARDS_S = 0.5
-"""A peer that heard the node so long after its last report shows that it lives (then it is cut off, not frozen)."""
+AFTERWARDS_S, STILL_S = 0.5, 1.5
+"""A peer that heard the node so long after its last report, and no longer ago than this, shows that it lives: then it is cut
+off, not frozen."""
 REMEMBERED = 256
 TAIL = 0.9
 FADE, BEYOND_LONGEST = 1 - 1e-5, 2.0
@@ -124,7 +125,7 @@ class NodeFrozen:
         silent_s = at - heard_at
         suspicion = self._habits[node].suspicion(silent_s - BEAT_S)
         answers = [answer for said_at, answer in self._answered.get(node, {}).values() if said_at > heard_at]
-        if any(answer > heard_at + AFTERWARDS_S for answer in answers):
+        if any(answer > max(heard_at + AFTERWARDS_S, at - STILL_S) for answer in answers):
             return
         unheard = bool(answers) and at - max(answers) > UNANSWERED_S
         if suspicion < (SEEN_BY_PEERS if unheard else SURE):

@@ -47,9 +47,8 @@ class Straggler:
     tests: the window's median beyond 10 % and five sigma; and a one-sided cumulative sum (Page 1954) of the scores,
     in units of their sigma and clipped at three, for 5 % that stay. Slow in 3 of the last 5 windows: a finding.
 
-    Delay: 30 s, or 96 steps if that is longer; at large jitter as long as it takes to tell: with sigma 2 % of a step 5 %
-    slow is in the first window, with 25 % (p99 of the step 2 x its median) it takes some 1500 steps, and beyond that
-    only 20 % of a sigma and more is seen.
+    Delay: 30 to 40 s, or 96 to 128 steps if that is longer, where 5 % shows in a window (sigma up to about 4 % of a step);
+    with a sigma of 25 % it takes some 1000 steps, and beyond that only a fifth of a sigma and more is seen.
     False alarms: the sum's limit is set by Siegmund's formula for one in 1e10 rank-steps (1000 ranks at 1 s: one in 116
     days), before three of five windows have to agree; five sigma of a median: 3e-7 per rank and window, likewise.
     """

@@ -100,7 +100,7 @@ TABLE = {
         lambda w: w.stuck.update(dict.fromkeys(range(8), COLLECTIVE)), FaultKind.HANG, EVERYBODY, hang_limit, calm_world
     ),
     "slow by a third": Row(
-        lambda w: w.slow.update({4: 1.35}), FaultKind.STRAGGLER, ("rank 4",), seconds(60.0), calm_world
+        lambda w: w.slow.update({4: 1.35}), FaultKind.STRAGGLER, ("rank 4",), seconds(75.0), calm_world
     ),
     "slow by six percent": Row(
         lambda w: w.slow.update({4: 1.06}), FaultKind.STRAGGLER, ("rank 4",), seconds(90.0), calm_world

@@ -246,6 +246,18 @@ def test_a_node_that_peers_hear_is_cut_off_from_the_head_and_not_frozen() -> Non
     assert "answers 4 peers" in found[0].evidence
 
 
+def test_a_node_that_froze_just_after_a_late_answer_is_found_all_the_same() -> None:
+    """Its report was late when it froze, so a peer had heard it after the head: that acquits it for a moment only."""
+    samples = [*beats(["n0", "n2"], 0.0, 20.0)]
+    for beat in range(20):
+        at = 20.0 + beat / 4
+        answered_s = max(0.1, at - 20.6)
+        samples += [report(at, "n2", peers=(Peer("n0", answered_s),)), Now(at + 0.1), Now(at + 0.2)]
+    found = feed(samples)
+    assert told(found) == [(K.NODE_FROZEN, "confirmed", "node n0")]
+    assert found[0].at < 22.5
+
+
 def test_a_frozen_node_is_not_taken_for_a_cut_neither_before_nor_when_it_thaws() -> None:
     stuck = both("n3", ("n0", "n1", "n2", "n4"))
     samples = [*pings({}, 5.0), *pings(stuck, 6.0, begin=15.0, mute="n3")]
