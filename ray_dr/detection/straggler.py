@@ -48,7 +48,7 @@ class Straggler:
     in units of their sigma and clipped at three, for 5 % that stay. Slow in 3 of the last 5 windows: a finding.
 
     Delay: 30 to 40 s, or 96 to 128 steps if that is longer, where 5 % shows in a window (sigma up to about 4 % of a step);
-    with a sigma of 25 % it takes some 1000 steps, and beyond that only a fifth of a sigma and more is seen.
+    with a sigma of 25 % it takes some 1300 steps (both simulated), and beyond that only a fifth of a sigma and more is seen.
     False alarms: the sum's limit is set by Siegmund's formula for one in 1e10 rank-steps (1000 ranks at 1 s: one in 116
     days), before three of five windows have to agree; five sigma of a median: 3e-7 per rank and window, likewise.
     """

@@ -43,7 +43,6 @@ class Beacon:
     stopped      its process is stopped (state T in /proc), as the agent sees it
     """
 
-    worker: str
     rank: int
     attempt: int
     step: int

@@ -55,7 +55,7 @@ def life(seed: int, length: int) -> list[Sample]:
         at += dice.choice((0.0, 0.05, 0.25, 1.0, 5.0))
         node, rank = f"n{dice.randrange(WORLD + 1)}", dice.randrange(WORLD)
         phase = dice.choice(list(WorkerPhase))
-        beacon = Beacon(worker(rank), rank, 1, dice.randrange(4), phase, dice.randrange(4), at - dice.random() * 20)
+        beacon = Beacon(rank, 1, dice.randrange(4), phase, dice.randrange(4), at - dice.random() * 20)
         samples.append(dice.choice((
             Report(at, node, at, (beacon,), (Peer(f"n{rank}", dice.random() * 4),), xids=(Xid(0, dice.choice((31, 79))),)),
             Report(at, node, at, exits=(Exit(worker(rank), "gone", dice.random() < 0.3),), stores=(StoreSeen("s", 1, 2),)),

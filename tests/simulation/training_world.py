@@ -170,9 +170,7 @@ class World:
     def _beacon(self, rank: int, offset: float) -> Beacon:
         line = self._lines[rank] or [(self.at, WorkerPhase.SETUP, 0)]
         since, phase, collective = next((entry for entry in reversed(line) if entry[0] <= self.at), line[0])
-        return Beacon(
-            self.worker(rank), rank, self.attempt, self.step, phase, collective, since + offset, rank in self.stopped
-        )
+        return Beacon(rank, self.attempt, self.step, phase, collective, since + offset, rank in self.stopped)
 
     def _peers(self, name: str) -> Iterator[Peer]:
         """Each node asks the next two."""

@@ -270,7 +270,7 @@ def test_a_frozen_node_is_not_taken_for_a_cut_neither_before_nor_when_it_thaws()
 
 
 def beacon(rank: int, step: int, phase: WorkerPhase, collective: int, since: float, *, stopped: bool = False) -> Beacon:
-    return Beacon(f"n{rank}/0.0", rank, 1, step, phase, collective, CLOCK + since, stopped)
+    return Beacon(rank, 1, step, phase, collective, CLOCK + since, stopped)
 
 
 def trained(steps: int = 120, took_s: float = 0.5, world: int = 4) -> list[Sample]:
