@@ -41,6 +41,8 @@ def begin(world: World, seconds: float = WARM_S) -> Detection:
     ids=["short steps", "ranks differ", "long steps", "two nodes", "calm"],
 )
 def test_an_undisturbed_hour_has_no_finding(world: World, jitter: float) -> None:
+    """Nothing, not even a suspicion. (Of a hang one is to be expected in two to six such hours, as `Hang` says, because it must
+    be told after three times the 99th percentile; it is never confirmed. These hours have none.)"""
     begin(world, HOUR_S)
     p99 = quantile(world.steps_s, 0.99) / quantile(world.steps_s, 0.5)
     assert 0.8 * jitter < p99 < 1.3 * jitter, "the jitter is not what the promise is about"
