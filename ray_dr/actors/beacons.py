@@ -38,8 +38,8 @@ class Beacons:
     def read(self) -> tuple[Beacon, ...]:
         """Where each worker is now."""
         with self._lock:
-            known = tuple(self._known.items())
-        found = (beacon.read(view, worker, stopped=_stopped(pid)) for worker, (view, pid) in known)
+            known = tuple(self._known.values())
+        found = (beacon.read(view, stopped=_stopped(pid)) for view, pid in known)
         return tuple(each for each in found if each is not None)
 
     def listener(self) -> Callable[[], list[Header]]:

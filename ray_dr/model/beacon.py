@@ -24,12 +24,12 @@ def pack_into(view: memoryview, count: int, attempt: int, rank: int, step: int, 
     _COUNT.pack_into(view, 0, count)
 
 
-def read(view: memoryview, worker: str, *, stopped: bool = False) -> Beacon | None:
+def read(view: memoryview, *, stopped: bool = False) -> Beacon | None:
     """What is there; None before the first word, or when it was being written each time this looked."""
     for _ in range(TRIES):
         (before,) = _COUNT.unpack_from(view, 0)
         attempt, rank, step, phase, collective, since = _WORDS.unpack_from(view, _COUNT.size)
         (after,) = _COUNT.unpack_from(view, 0)
         if before == after and before and before % 2 == 0:
-            return Beacon(worker, rank, attempt, step, PHASES[phase], collective, since / 1e9, stopped)
+            return Beacon(rank, attempt, step, PHASES[phase], collective, since / 1e9, stopped)
     return None

@@ -118,7 +118,7 @@ def test_an_agent_tells_where_its_workers_are_without_their_help(agent: Agent) -
     link.beacon.enter(WorkerPhase.COMPUTE, 7)
     while not (found := beacons(watcher)) or found[0].phase is not WorkerPhase.COMPUTE:
         pass
-    assert (found[0].worker, found[0].attempt, found[0].rank, found[0].step) == ("w0", 3, 1, 7)
+    assert (found[0].attempt, found[0].rank, found[0].step) == (3, 1, 7)
     assert found[0].since <= time.monotonic()
     with link.beacon.within(WorkerPhase.EVAL):
         while beacons(watcher)[0].phase is not WorkerPhase.EVAL:
@@ -148,11 +148,11 @@ def test_a_stopped_worker_is_told_of(agent: Agent) -> None:
 
 def test_a_beacon_that_is_being_written_is_not_read() -> None:
     view = memoryview(bytearray(beacon.SIZE))
-    assert beacon.read(view, "w0") is None
+    assert beacon.read(view) is None
     beacon.pack_into(view, 2, 1, 0, 5, 1, 9, 2_500_000_000)
-    assert beacon.read(view, "w0") == Beacon("w0", 0, 1, 5, beacon.PHASES[1], 9, 2.5)
+    assert beacon.read(view) == Beacon(0, 1, 5, beacon.PHASES[1], 9, 2.5)
     view[0] ^= 1  # half written
-    assert beacon.read(view, "w0") is None
+    assert beacon.read(view) is None
 
 
 def stage(link: Link, step: int, data: bytes) -> VersionId:
