@@ -96,8 +96,9 @@ class Recovery:
     attempts_without_progress: int = 5
     silent_s: float = 5.0
     """A node agent whose report is this old is taken for lost."""
-    hang_s: float = 60.0
-    """A worker that is sure to hang, with the others waiting for it, is ended after so long (inf: never)."""
+    hang_s: float = 300.0
+    """A worker that is sure to hang, with the others waiting for it, is ended after so long. Long, because an evaluation in
+    the middle of a step that does not say so (`ctx.evaluating`) looks the same."""
 
 
 @dataclass(frozen=True, slots=True)

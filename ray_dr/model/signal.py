@@ -39,7 +39,7 @@ class Beacon:
 
     step         steps done in all, so also the number, from 0, of the one it is in
     collective   how many collectives it has entered in this attempt
-    since        when it entered the phase, in monotonic seconds of its node
+    since        when it entered the phase, or was last seen to enter a collective, in monotonic seconds of its node
     stopped      its process is stopped (state T in /proc), as the agent sees it
     """
 

@@ -75,5 +75,5 @@ class Beacon:
                     groups: tuple[Any, ...] = tuple(dist.distributed_c10d._world.pg_map)
                     entered = sum(group._get_sequence_number_for_group() for group in groups)
                     if entered != self._collective:
-                        self._collective = entered
+                        self._collective, self._since = entered, time.monotonic_ns()  # it gets on, be the phase ever so long
                         self._write()
