@@ -1,0 +1,129 @@
+"""From what agents say to records of the journal and events of the machine, in virtual time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from ray_dr.actors import sensing
+from ray_dr.actors.sensing import Senses, short
+from ray_dr.model import codec
+from ray_dr.model.checkpoint import StepRecord
+from ray_dr.model.recovery import Event, Group, Hung
+from ray_dr.model.signal import Beacon, WorkerPhase
+
+NODES = ("a" * 56, "b" * 56)
+WORKERS = tuple(f"{short(node)}/1.1" for node in NODES)
+STEP_S = 0.1
+LEARNED = 120
+
+
+@dataclass
+class Stage:
+    """A host of which only what the senses use is there; its time goes as the test says."""
+
+    hang_s: float = 0.0
+    now: float = 1000.0
+    notes: list[dict[str, Any]] = field(default_factory=list)
+    decided: list[Event] = field(default_factory=list)
+    lost: list[tuple[str, str]] = field(default_factory=list)
+    step: int = 0
+
+    def __post_init__(self) -> None:
+        self.group = Group(1, WORKERS, None)
+        self.job = SimpleNamespace(recovery=SimpleNamespace(hang_s=self.hang_s))
+        self.progress = self
+        self.perform = SimpleNamespace(lose_node=lambda node, how: self.lost.append((node, how)))
+        self.senses = Senses(self)  # type: ignore[arg-type]
+        self.senses.formed(self.group)
+
+    def note(self, name: str, **fields: Any) -> None:
+        assert name == "finding"
+        self.notes.append(fields)
+
+    def decide(self, event: Event) -> None:
+        self.decided.append(event)
+
+    def beat(self, rank: int, phase: WorkerPhase, since: float, collective: int) -> None:
+        beacon = Beacon(rank, 1, self.step, phase, collective, since)
+        self.senses.beat(NODES[rank], {"beat": self.now, "beacons": codec.to_json((beacon,))})
+
+    def train(self, steps: int) -> None:
+        """Both ranks do so many steps, at an even pace."""
+        for _ in range(steps):
+            for rank in range(2):
+                self.beat(rank, WorkerPhase.COMPUTE, self.now, self.step)
+            self.now += STEP_S
+            self.senses.look()
+            self.step += 1
+            for rank in range(2):
+                self.senses.stepped(StepRecord(1, self.step, rank, 2, (), "", STEP_S, {"loss": 1.0}))
+
+    def stand(self, seconds: float, *, since: float | None = None, silent: int | None = None) -> None:
+        """Rank 1 stays in its step, rank 0 waits for it in the next collective; a silent node says nothing."""
+        began, until = self.now if since is None else since, self.now + seconds
+        while self.now < until:
+            for rank in range(2):
+                if rank != silent:
+                    self.beat(rank, WorkerPhase.COMPUTE, began, self.step + (rank == 0))
+            self.now += STEP_S
+            self.senses.look()
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Both clocks of the senses, as the stage in it has them."""
+    holder = SimpleNamespace(stage=None)
+    now = lambda: holder.stage.now if holder.stage else 1000.0  # noqa: E731
+    monkeypatch.setattr(sensing, "time", SimpleNamespace(monotonic=now, time=now))
+    return holder
+
+
+def staged(clock: SimpleNamespace, **how: Any) -> Stage:
+    clock.stage = Stage(**how)
+    stage: Stage = clock.stage
+    stage.train(LEARNED)
+    assert not stage.notes
+    return stage
+
+
+def test_who_is_waited_for_is_ended_when_the_owners_time_is_up_and_not_before(clock: SimpleNamespace) -> None:
+    stage = staged(clock, hang_s=20.0)
+    since = stage.now
+    stage.stand(19.0, since=since)
+    assert {note["kind"] for note in stage.notes} == {"hang"}
+    assert stage.decided == []
+    stage.stand(2.0, since=since)
+    (event,) = stage.decided
+    assert isinstance(event, Hung)
+    assert (event.attempt, event.workers, event.step) == (1, (WORKERS[1],), LEARNED)
+    stage.stand(5.0, since=since)
+    assert len(stage.decided) == 1, "once"
+
+
+def test_who_gets_on_in_time_is_left_alone(clock: SimpleNamespace) -> None:
+    stage = staged(clock, hang_s=20.0)
+    stage.stand(15.0)
+    stage.train(50)
+    stage.stand(15.0)
+    assert stage.decided == []
+    assert {note["stage"] for note in stage.notes} >= {"confirmed", "withdrawn"}
+
+
+def test_nobody_is_ended_of_a_group_that_is_no_more(clock: SimpleNamespace) -> None:
+    stage = staged(clock, hang_s=20.0)
+    stage.stand(15.0)
+    stage.senses.broken(1)
+    stage.stand(30.0)
+    assert stage.decided == []
+
+
+def test_a_node_that_falls_silent_is_given_up_by_its_full_name(clock: SimpleNamespace) -> None:
+    stage = staged(clock)
+    stage.stand(2.5, silent=1)
+    assert [node for node, _ in stage.lost] == [NODES[1]]
+    assert "has said nothing for" in stage.lost[0][1]
+    assert codec.to_json(stage.notes)  # what goes to the journal
