@@ -7,7 +7,8 @@ domains of equal size, none does.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
 Domain = tuple[str, ...]
 """Where a node fails together with others, from the largest to the smallest: region, zone, rack. Empty: not known."""
@@ -17,27 +18,28 @@ def replicas(domains: Mapping[str, Domain], copies: int) -> Mapping[str, tuple[s
     """For each node those that keep copies of its parts, in order of preference: `copies` - 1 of them, or all others when
     there are fewer. The same domains give the same answer."""
     ring = sorted(domains, key=lambda node: (domains[node], node))
+    shared = _shared([domains[node] for node in ring]) if copies > 1 else []
     shifts: list[int] = []
     while len(shifts) < min(copies, len(ring)) - 1:
         free = [shift for shift in range(1, len(ring)) if shift not in shifts]
-        shifts.append(min(free, key=lambda shift: (_shared(ring, domains, shifts, shift), shift)))
+        # A further copy shares domains with the node's own part, at shift 0, and with every copy there is.
+        shifts.append(min(free, key=lambda shift: (sum(shared[shift - other] for other in (0, *shifts)), shift)))
     return {node: tuple(ring[(at + shift) % len(ring)] for shift in shifts) for at, node in enumerate(ring)}
 
 
-def _shared(ring: list[str], domains: Mapping[str, Domain], shifts: list[int], shift: int) -> int:
-    """How much a further shift puts together: levels of domain that a new copy shares with one there, over all nodes."""
-    total = 0
-    for at in range(len(ring)):
-        new = domains[ring[(at + shift) % len(ring)]]
-        total += sum(_common(domains[ring[(at + other) % len(ring)]], new) for other in (0, *shifts))
+def _shared(ring: Sequence[Domain]) -> list[int]:
+    """By distance in the ring: how many levels of domain two nodes so far apart share, over all nodes.
+
+    The nodes of one domain, of whatever level, lie in a row there: it is enough to know how long the rows are. A name
+    means something within its larger domain only, and the empty one nothing.
+    """
+    size = len(ring)
+    depth = max(map(len, ring), default=0)
+    prefixes = Counter(domain[:level] for level in range(1, depth + 1) for domain in ring if domain[level - 1 : level] > ("",))
+    rows = Counter(prefixes.values())
+    total = [0] * size
+    for length, times in rows.items():
+        for apart in range(1, length):
+            total[apart] += times * (length - apart)
+            total[size - apart] += times * (length - apart)
     return total
-
-
-def _common(one: Domain, other: Domain) -> int:
-    """Levels that two domains share, from the largest on; a name means something within its larger domain only."""
-    shared = 0
-    for mine, theirs in zip(one, other, strict=False):
-        if mine != theirs:
-            break
-        shared += mine != ""
-    return shared

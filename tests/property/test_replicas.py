@@ -38,6 +38,32 @@ def test_with_domains_of_equal_size_no_two_copies_share_one(zones: int, each: in
         assert len(set(seen)) >= min(copies, zones)
 
 
+@given(NODES, st.integers(1, 5))
+def test_no_other_shift_puts_fewer_copies_together(domains: dict[str, tuple[str, ...]], copies: int) -> None:
+    ring = sorted(domains, key=lambda node: (domains[node], node))
+    found = replicas(domains, copies)
+    chosen = [(ring.index(keeper) - ring.index(ring[0])) % len(ring) for keeper in found[ring[0]]]
+    for number, shift in enumerate(chosen):
+        others = (0, *chosen[:number])
+
+        def together(candidate: int, others: tuple[int, ...] = others) -> int:
+            pairs = [(at + candidate, at + other) for at in range(len(ring)) for other in others]
+            return sum(common(domains[ring[a % len(ring)]], domains[ring[b % len(ring)]]) for a, b in pairs)
+
+        free = [other for other in range(1, len(ring)) if other not in chosen[:number]]
+        assert shift == min(free, key=lambda candidate: (together(candidate), candidate))
+
+
+def common(one: tuple[str, ...], other: tuple[str, ...]) -> int:
+    """Levels with a name that two domains share, from the largest on."""
+    shared = 0
+    for mine, theirs in zip(one, other, strict=False):
+        if mine != theirs:
+            break
+        shared += mine != ""
+    return shared
+
+
 def test_a_rack_is_shared_rather_than_a_zone() -> None:
     domains = {"a1": ("r", "a", "k1"), "a2": ("r", "a", "k2"), "b1": ("r", "b", "k1"), "b2": ("r", "b", "k2")}
     assert all(domains[node][1] != domains[keepers[0]][1] for node, keepers in replicas(domains, 2).items())
