@@ -14,6 +14,7 @@ from ray_dr.recovery.diagram import until_running
 from ray_dr.recovery.explore import Explored, explore, fair_event, opened
 from ray_dr.recovery.invariants import check
 from ray_dr.recovery.machine import step
+from ray_dr.recovery.timers import next_due
 
 ONE = Policy(1, 1, 1, 1, unwind_s=2.0, start_s=4.0, settle_s=1.0, attempts_without_progress=0)
 TWO = replace(ONE, nodes_max=2, attempts_without_progress=1)
@@ -62,6 +63,22 @@ def test_every_state_comes_to_run_or_end_once_nothing_fails_any_more(life: str) 
             state, at = step(state, event, policy).state, event.at
         assert state in sound or isinstance(state.phase, Running | Finished | Failed), passed[0]
         sound.update(passed)
+
+
+@pytest.mark.parametrize("life", LIVES)
+def test_no_tick_changes_anything_before_it_is_due(life: str) -> None:
+    policy, steps = _steps(life)
+    changed = 0
+    for state, at in {seen.decision.state: seen.at for seen in steps}.items():
+        due = next_due(state, policy)
+        for later in (0.0, *(wait - 0.01 for wait in (policy.settle_s, policy.unwind_s, policy.start_s)), 9.0):
+            if due is None or at + later < due:
+                decision = step(state, Tick(at + later), policy)
+                assert decision.state is state, state
+                assert not decision.actions
+            else:
+                changed += step(state, Tick(at + later), policy).state is not state
+    assert changed
 
 
 @pytest.mark.parametrize("life", ["two nodes, running", "three nodes, running"])

@@ -1,0 +1,61 @@
+"""When time itself is news to a job's machine: a host need not tick before."""
+
+from __future__ import annotations
+
+from ray_dr.model.recovery import (
+    Draining,
+    Failed,
+    Finished,
+    Finishing,
+    Policy,
+    Queued,
+    Recovering,
+    Resizing,
+    Running,
+    Starting,
+    State,
+    Suspended,
+)
+from ray_dr.recovery.fleet import idle_workers
+
+
+def next_due(state: State, policy: Policy) -> float | None:
+    """UTC seconds before which a Tick changes nothing, as long as no other event comes; None: no Tick ever does.
+
+    It may be too early where it is not worth the search, never too late.
+    """
+    if isinstance(state.phase, Finished | Failed):
+        return None
+    return min((at for at in (_asked(state, policy), _deadline(state, policy), _settled(state, policy)) if at is not None),
+               default=None)  # fmt: skip
+
+
+def _asked(state: State, policy: Policy) -> float | None:
+    """When a question is overdue, or nodes that nobody was asked for are."""
+    if state.retry_at is not None:
+        return state.retry_at
+    opened, ending = state.changed_at > 0, isinstance(state.phase, Draining | Finishing)
+    return state.changed_at if opened and not ending and not state.requested and len(state.nodes) < policy.nodes_max else None
+
+
+def _deadline(state: State, policy: Policy) -> float | None:
+    match state.phase:
+        case Starting(since=since) | Resizing(since=since):
+            return since + policy.start_s
+        case Recovering(since=since) as phase if phase.unwinding:
+            return since + policy.unwind_s
+        case Draining(deadline=deadline):
+            return deadline
+        case _:
+            return None
+
+
+def _settled(state: State, policy: Policy) -> float | None:
+    """When it may be worth beginning, or growing, with the nodes there are."""
+    match state.phase:
+        case Queued(asked=False) if state.nodes:
+            return state.changed_at + policy.settle_s
+        case Running() as phase if not state.done and idle_workers(state, phase.group):
+            return state.changed_at + min(policy.settle_s, policy.start_s)
+        case _:
+            return None
