@@ -33,7 +33,7 @@ from ray_dr.model.recovery import (
     WorkerReady,
 )
 from ray_dr.recovery import draining, incidents
-from ray_dr.recovery.fleet import drop, end_worker, find, given_up, put, request_missing, start_missing
+from ray_dr.recovery.fleet import add, drop, end_worker, find, given_up, put, request_missing, start_missing
 from ray_dr.recovery.groups import answered, group_of
 from ray_dr.recovery.words import count, describe, ignored
 
@@ -42,16 +42,16 @@ def node_joined(state: State, event: NodeJoined, policy: Policy) -> Decision:
     """A node is taken in while the job wants more, and given back otherwise."""
     if find(state, event.node) is not None:
         return ignored(state, f"node {event.node} is known")
-    if isinstance(state.phase, Draining | Finishing):
+    if _ending(state):
         return Decision(state, (ReleaseNode(event.node),), f"node {event.node} comes too late: the job is ending")
     if len(state.nodes) >= policy.nodes_max:
         reason = f"node {event.node} is not needed: {count(policy.nodes_max, 'node')} are all the job may have"
         return Decision(state, (ReleaseNode(event.node),), reason)
     living, surplus = event.workers[: policy.workers_per_node], event.workers[policy.workers_per_node :]
-    after = put(_new_question(state), Node(event.node, ready=living, lost=surplus))
-    after = replace(after, changed_at=event.at)
+    node = Node(event.node, ready=living, lost=surplus)
+    after = replace(add(_new_question(state), node), changed_at=event.at)
     after, _ = request_missing(after, policy) if len(after.nodes) >= policy.nodes_max else (after, ())
-    after, starts = start_missing(after, policy)
+    after, starts = start_missing(after, policy, node)
     kills = tuple(KillWorker(worker) for worker in surplus)
     return Decision(after, (*kills, *starts), f"node {event.node} joined: {count(len(after.nodes), 'node')} now")
 
@@ -128,13 +128,13 @@ def refill(state: State, policy: Policy) -> tuple[State, tuple[Action, ...]]:
 
 def write_off(state: State, workers: Collection[str]) -> State:
     """These workers count as lost from now on; a later word about their end is no news."""
-    for node in state.nodes:
+    doomed = frozenset(workers)
+    nodes = list(state.nodes)
+    for at, node in enumerate(nodes):
         for worker in node.ready:
-            if worker in workers:
-                current = find(state, node.id)
-                assert current is not None, "nodes stay"
-                state = put(state, replace(end_worker(current, worker), failed_starts=0))
-    return state
+            if worker in doomed:
+                nodes[at] = replace(end_worker(nodes[at], worker), failed_starts=0)
+    return replace(state, nodes=tuple(nodes))
 
 
 def _after_loss(state: State, loss: Incident, workers: Collection[str], policy: Policy) -> Decision:
@@ -175,7 +175,7 @@ def _start_ended(state: State, node: Node, reason: str, policy: Policy) -> Decis
     """Another process is started, unless too many have ended like this: then the node is given back."""
     node = replace(node, failed_starts=node.failed_starts + 1)
     state = put(state, node)
-    if isinstance(state.phase, Draining | Finishing):
+    if _ending(state):
         return Decision(state, (), f"{reason}: the job is ending")
     if not given_up(node, policy):
         state, starts = start_missing(state, policy)
@@ -184,6 +184,10 @@ def _start_ended(state: State, node: Node, reason: str, policy: Policy) -> Decis
     if node.starting or _in_use(state, node):
         return Decision(state, (), f"{reason}: no more are started there")
     return _give_back(drop(state, node.id), node, reason, policy)
+
+
+def _ending(state: State) -> bool:
+    return isinstance(state.phase, Draining | Finishing)
 
 
 def _in_use(state: State, node: Node) -> bool:

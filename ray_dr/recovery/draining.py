@@ -67,7 +67,7 @@ def left(state: State, phase: Draining, worker: str, at: float, step: int, polic
     state = replace(state, phase=phase, step=max(state.step, step))
     if step != common:
         return fall_back(state, phase, f"{worker} stopped at step {step}, others at {common}", at, policy)
-    if not set(gone) >= set(group.members):
+    if len(gone) < len(group.members) or not set(gone) >= set(group.members):
         return Decision(state, (), f"worker {worker} stopped at step {step}")
     return _save(state, phase, VersionId(group.attempt, common), f"all stopped at step {common}")
 
@@ -138,8 +138,8 @@ def _save(state: State, phase: Draining, version: VersionId, reason: str) -> Dec
 
 
 def _inside(state: State, phase: Draining, group: Group) -> tuple[str, ...]:
-    ready = ready_workers(state)
-    return tuple(worker for worker in group.members if worker in ready and worker not in phase.stopped)
+    inside = frozenset(ready_workers(state)).difference(phase.stopped)
+    return tuple(worker for worker in group.members if worker in inside)
 
 
 def _close(state: State, reason: str) -> Decision:

@@ -5,6 +5,7 @@ Nodes stand in the order they joined. Every function takes a state and gives a s
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -13,22 +14,51 @@ from ray_dr.model.recovery import Action, Group, Node, Policy, RequestNodes, Sta
 LOST_KEPT = 16
 """Ended workers remembered per node; more than can be on their way to the supervisor at any time."""
 
+_guesses: dict[str, int] = {}
+"""Where in the row a node was when it was last looked for: believed only where it stands there still. A job of 16 384 nodes
+would else spend its time walking along the row."""
+GUESSES_MAX = 200_000
+
 
 def find(state: State, node: str) -> Node | None:
     """The node of that id, if it is part of the job."""
-    return next((known for known in state.nodes if known.id == node), None)
+    at = _place(state.nodes, node)
+    return None if at is None else state.nodes[at]
 
 
 def put(state: State, node: Node) -> State:
     """The state with this node in place of the one of the same id, or as the last to join."""
-    if find(state, node.id) is None:
-        return replace(state, nodes=(*state.nodes, node))
-    return replace(state, nodes=tuple(node if known.id == node.id else known for known in state.nodes))
+    at = _place(state.nodes, node.id)
+    return add(state, node) if at is None else replace(state, nodes=(*state.nodes[:at], node, *state.nodes[at + 1 :]))
+
+
+def add(state: State, node: Node) -> State:
+    """The state with a node that it did not have, as the last to join."""
+    _guess(node.id, len(state.nodes))
+    return replace(state, nodes=(*state.nodes, node))
 
 
 def drop(state: State, node: str) -> State:
     """The state without that node and its workers."""
-    return replace(state, nodes=tuple(known for known in state.nodes if known.id != node))
+    at = _place(state.nodes, node)
+    return state if at is None else replace(state, nodes=state.nodes[:at] + state.nodes[at + 1 :])
+
+
+def _place(nodes: tuple[Node, ...], node: str) -> int | None:
+    guess = _guesses.get(node, 0)
+    if guess < len(nodes) and nodes[guess].id == node:
+        return guess
+    for at, known in enumerate(nodes):
+        if known.id == node:
+            _guess(node, at)
+            return at
+    return None
+
+
+def _guess(node: str, at: int) -> None:
+    if len(_guesses) >= GUESSES_MAX:
+        _guesses.clear()
+    _guesses[node] = at
 
 
 def end_worker(node: Node, worker: str) -> Node:
@@ -39,24 +69,32 @@ def end_worker(node: Node, worker: str) -> Node:
 
 def ready_workers(state: State) -> tuple[str, ...]:
     """All workers that are up, in the order their nodes joined."""
-    return tuple(worker for node in state.nodes for worker in node.ready)
+    return tuple(itertools.chain.from_iterable([node.ready for node in state.nodes]))
 
 
 def ranked(state: State) -> tuple[str, ...]:
     """All workers that are up, in the rank order of a next group: survivors of the last one first, as they stood."""
-    ready = ready_workers(state)
-    survivors = [worker for worker in state.order if worker in ready]
+    ready = dict.fromkeys(ready_workers(state))
+    survivors = dict.fromkeys(worker for worker in state.order if worker in ready)
     return (*survivors, *(worker for worker in ready if worker not in survivors))
 
 
 def usable_nodes(state: State) -> int:
     """Nodes with at least one worker up."""
-    return sum(bool(node.ready) for node in state.nodes)
+    return len([node for node in state.nodes if node.ready])
 
 
-def full_nodes(state: State, policy: Policy) -> int:
-    """Nodes with all their workers up."""
-    return sum(len(node.ready) >= policy.workers_per_node for node in state.nodes)
+def are_full(state: State, count: int, policy: Policy) -> bool:
+    """Whether at least so many nodes have all their workers up."""
+    spare = len(state.nodes) - count
+    if spare < 0:
+        return False
+    for node in state.nodes:
+        if len(node.ready) < policy.workers_per_node:
+            spare -= 1
+            if spare < 0:
+                return False
+    return True
 
 
 def given_up(node: Node, policy: Policy) -> bool:
@@ -64,15 +102,18 @@ def given_up(node: Node, policy: Policy) -> bool:
     return node.failed_starts >= max(1, policy.attempts_without_progress)
 
 
-def start_missing(state: State, policy: Policy) -> tuple[State, tuple[Action, ...]]:
-    """Workers that every node lacks are started."""
-    actions: list[Action] = []
-    for node in state.nodes:
-        count = policy.workers_per_node - len(node.ready) - node.starting
-        if count > 0 and not given_up(node, policy):
-            actions.append(StartWorkers(node.id, count))
-            state = put(state, replace(node, starting=node.starting + count))
-    return state, tuple(actions)
+def start_missing(state: State, policy: Policy, only: Node | None = None) -> tuple[State, tuple[Action, ...]]:
+    """Workers that every node lacks are started; those of `only` one, where no other can lack any."""
+    wanted = policy.workers_per_node
+    lacking = [node for node in (state.nodes if only is None else (only,)) if len(node.ready) + node.starting < wanted]
+    changed = {
+        node.id: replace(node, starting=wanted - len(node.ready)) for node in lacking if not given_up(node, policy)
+    }
+    actions = tuple(StartWorkers(node.id, node.starting - lacked.starting)
+                    for lacked in lacking if (node := changed.get(lacked.id)) is not None)  # fmt: skip
+    if len(changed) == 1:
+        return put(state, next(iter(changed.values()))), actions
+    return (replace(state, nodes=tuple(changed.get(node.id, node) for node in state.nodes)), actions) if actions else (state, ())
 
 
 def request_missing(state: State, policy: Policy) -> tuple[State, tuple[Action, ...]]:
@@ -86,7 +127,8 @@ def request_missing(state: State, policy: Policy) -> tuple[State, tuple[Action, 
 
 def idle_workers(state: State, group: Group) -> tuple[str, ...]:
     """Workers that are up and not in the group."""
-    return tuple(worker for worker in ready_workers(state) if worker not in group.members)
+    members = frozenset(group.members)
+    return tuple(worker for worker in ready_workers(state) if worker not in members)
 
 
 def still_starting(nodes: Iterable[Node]) -> bool:

@@ -22,7 +22,7 @@ from ray_dr.model.recovery import (
     Suspended,
     TakeInventory,
 )
-from ray_dr.recovery.fleet import full_nodes, ranked, ready_workers, usable_nodes
+from ray_dr.recovery.fleet import are_full, ranked, ready_workers, usable_nodes
 from ray_dr.recovery.words import count
 
 
@@ -41,9 +41,17 @@ def can_begin(state: State, at: float, policy: Policy) -> bool:
     """Whether a queued or suspended job has the nodes to form a group."""
     if isinstance(state.phase, Suspended):
         return usable_nodes(state) >= policy.min_nodes_to_run
-    full = full_nodes(state, policy)
-    settled = full >= policy.nodes_max or at - state.changed_at >= policy.settle_s
-    return full >= max(policy.nodes_min, policy.min_nodes_to_run) and settled
+    begins = begins_at(state, policy)
+    return begins is not None and at >= begins and usable_nodes(state) >= policy.min_nodes_to_run
+
+
+def begins_at(state: State, policy: Policy) -> float | None:
+    """Not before when a queued job can begin, should nothing change: UTC seconds; None: not with these nodes."""
+    if are_full(state, policy.nodes_max, policy):
+        return 0.0
+    if are_full(state, max(policy.nodes_min, policy.min_nodes_to_run), policy):
+        return state.changed_at + policy.settle_s
+    return None
 
 
 def take_inventory(state: State, at: float, policy: Policy) -> Decision:

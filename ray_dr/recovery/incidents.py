@@ -45,7 +45,7 @@ def note_step(state: State, step: int) -> State:
 
 def absent_members(state: State, group: Group) -> tuple[str, ...]:
     """Members that are not up."""
-    ready = ready_workers(state)
+    ready = frozenset(ready_workers(state))
     return tuple(worker for worker in group.members if worker not in ready)
 
 
@@ -145,7 +145,7 @@ def _still_inside(state: State, group: Group, gone: Collection[str]) -> tuple[st
     """Members that are up and have not left the attempt, in rank order."""
     stopped = state.phase.stopped if isinstance(state.phase, Resizing) else ()
     out = {*gone, *stopped, *state.done}
-    ready = ready_workers(state)
+    ready = frozenset(ready_workers(state))
     return tuple(worker for worker in group.members if worker in ready and worker not in out)
 
 

@@ -10,6 +10,7 @@ from ray_dr.model.recovery import (
     Draining,
     FailureKind,
     Finishing,
+    Group,
     Incident,
     Policy,
     Recovering,
@@ -58,7 +59,7 @@ def returned(state: State, event: WorkerReturned, policy: Policy) -> Decision:
         return _unwound(state, state.phase, event.worker, "returned")
     state = replace(state, done=(*state.done, event.worker))
     match state.phase:
-        case Starting(group) | Running(group) | Resizing(group) if set(state.done) >= set(group.members):
+        case Starting(group) | Running(group) | Resizing(group) if _covered(group, state.done):
             return _all_returned(state, event)
         case Resizing() as resizing:
             return _one_stopped(state, resizing, event, policy)
@@ -91,25 +92,32 @@ def raised(state: State, event: WorkerRaised, policy: Policy) -> Decision:
 def _not_inside(state: State, event: WorkerStopped | WorkerReturned | WorkerRaised) -> str:
     """Why a worker's word about an attempt does not count; empty when it is a member that had not left so far."""
     inside: tuple[str, ...] = ()
+    left: tuple[str, ...] = state.done
     attempt = state.attempt
     match state.phase:
         case Recovering() as recovering:
             inside, attempt = recovering.unwinding, recovering.attempt
-        case Resizing(group, left):
-            inside, attempt = tuple(w for w in group.members if w not in left), group.attempt
-        case Draining(group=group, stopped=left) if group is not None:
-            inside, attempt = tuple(w for w in group.members if w not in left), group.attempt
+        case Resizing(group, stopped):
+            inside, left, attempt = group.members, (*stopped, *state.done), group.attempt
+        case Draining(group=group, stopped=stopped) if group is not None:
+            inside, left, attempt = group.members, (*stopped, *state.done), group.attempt
         case Starting(group) | Running(group):
             inside, attempt = group.members, group.attempt
     if event.attempt != attempt:
         return f"attempt {event.attempt} is not the one at work"
-    if event.worker not in inside or event.worker in state.done:
+    if event.worker not in inside or event.worker in left:
         return f"worker {event.worker} has no part in attempt {attempt} any more"
     return ""
 
 
+def _covered(group: Group, left: tuple[str, ...]) -> bool:
+    """Whether these are all members. Most often they are too few to be."""
+    return len(left) >= len(group.members) and set(left) >= set(group.members)
+
+
 def _unwound(state: State, phase: Recovering, worker: str, how: str) -> Decision:
-    unwinding = tuple(other for other in phase.unwinding if other != worker)
+    at = phase.unwinding.index(worker)
+    unwinding = phase.unwinding[:at] + phase.unwinding[at + 1 :]
     rest = f"{len(unwinding)} to go" if unwinding else "all have"
     return Decision(replace(state, phase=replace(phase, unwinding=unwinding)), (), f"worker {worker} {how}, {rest}")
 
@@ -141,7 +149,7 @@ def _one_stopped(state: State, phase: Resizing, event: WorkerStopped | WorkerRet
         what = f"{event.worker} stopped at step {event.step}, others at {step}"
         return incidents.group_broken(state, phase.group, event.at, what, policy)
     reason = f"worker {event.worker} stopped at step {step}"
-    if not set(left) | set(state.done) >= set(phase.group.members):
+    if not _covered(phase.group, (*left, *state.done)):
         return Decision(state, (), reason)
     return also(Decision(state, (), reason), form(state, VersionId(phase.group.attempt, step), event.at))
 

@@ -14,9 +14,9 @@ from ray_dr.model.recovery import (
     Running,
     Starting,
     State,
-    Suspended,
 )
-from ray_dr.recovery.fleet import idle_workers
+from ray_dr.recovery.fleet import idle_workers, still_starting
+from ray_dr.recovery.groups import begins_at
 
 
 def next_due(state: State, policy: Policy) -> float | None:
@@ -53,9 +53,12 @@ def _deadline(state: State, policy: Policy) -> float | None:
 def _settled(state: State, policy: Policy) -> float | None:
     """When it may be worth beginning, or growing, with the nodes there are."""
     match state.phase:
-        case Queued(asked=False) if state.nodes:
-            return state.changed_at + policy.settle_s
-        case Running() as phase if not state.done and idle_workers(state, phase.group):
-            return state.changed_at + min(policy.settle_s, policy.start_s)
+        case Queued(asked=False):
+            return begins_at(state, policy)
+        case Running() as phase if not state.done and (idle := idle_workers(state, phase.group)):
+            whole = len(state.nodes) >= policy.nodes_max and not still_starting(state.nodes)
+            beside = [node for node in state.nodes if any(worker in idle for worker in node.ready)]
+            soon = whole or not still_starting(beside)
+            return state.changed_at + (min(policy.settle_s, policy.start_s) if soon else policy.start_s)
         case _:
             return None
