@@ -375,7 +375,7 @@ class FencedOff:
 
 @dataclass(frozen=True, slots=True)
 class ActionFailed:
-    """The host could not carry out an action: its class name, and the node or worker it was about, if any."""
+    """The host could not carry out an action: its class name, and the node, worker or attempt it was about, if any."""
 
     at: float
     action: str

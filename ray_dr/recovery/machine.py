@@ -68,6 +68,9 @@ from ray_dr.recovery.fleet import idle_workers, request_missing, still_starting,
 from ray_dr.recovery.groups import answered, can_begin, form, restore_of, take_inventory
 from ray_dr.recovery.words import NOTHING_DUE, also, count, ignored
 
+OF_AN_ATTEMPT = ("FormGroup", "StopGroup", "SaveFinal")
+"""Actions whose failure names the attempt they were for: it may come when another one is at work."""
+
 
 def initial() -> State:
     """The state of a job whose supervisor has just begun."""
@@ -257,6 +260,8 @@ def _adopted(state: State, event: Adopted, policy: Policy) -> Decision:
 
 def _action_failed(state: State, event: ActionFailed, policy: Policy) -> Decision:
     what = f"{event.action} failed ({event.error})"
+    if event.action in OF_AN_ATTEMPT and event.subject not in ("", str(state.attempt)):
+        return ignored(state, f"{what}: it was about attempt {event.subject}")
     match (event.action, state.phase):
         case ("TakeInventory", _) if _open_question(state) is not None:
             return Decision(replace(state, retry_at=event.at + policy.unwind_s), (), f"{what}: asking again later")

@@ -216,3 +216,12 @@ def test_one_worker_too_many_ends_again() -> None:
     state = after(Opened(100, 1, 0), NodeJoined(101, "a"), WorkerReady(102, A, "a"))
     assert isinstance(state.phase, Queued)
     assert KillWorker("a/0.2") in step(state, WorkerReady(103, "a/0.2", "a"), POLICY).actions
+
+
+def test_a_late_failure_to_form_an_older_group_breaks_no_newer_one(running: State) -> None:
+    state = after(WorkerRaised(120, A, 1, "reset", True, 9), WorkerStopped(121, B, 1, 9), state=running)
+    state = after(InventoryTaken(122, 1, VersionId(1, 8), state.asks), state=state)
+    assert isinstance(state.phase, Starting)
+    assert step(state, ActionFailed(123, "FormGroup", "a member is gone", "1"), POLICY).state is state
+    broken = step(state, ActionFailed(123, "FormGroup", "a member is gone", "2"), POLICY).state
+    assert isinstance(broken.phase, Recovering)
