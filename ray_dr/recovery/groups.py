@@ -83,7 +83,9 @@ def form(state: State, restore: VersionId | None, at: float) -> Decision:
     """The next attempt begins with every worker that is up."""
     if isinstance(state.phase, Recovering):
         assert not state.phase.unwinding, "a member of a broken group cannot be in the next one"
-    group = Group(state.attempt + 1, ranked(state), restore)
+    # A version may be of an attempt that no journal told this supervisor of: its number is taken.
+    newest = max(state.attempt, restore.attempt if restore else 0)
+    group = Group(newest + 1, ranked(state), restore)
     assert group.members, "a group has members"
     assert set(group.members) <= set(ready_workers(state)), "members are up"
     source = f"step {restore.step} of attempt {restore.attempt}" if restore else "scratch"

@@ -59,7 +59,8 @@ def _check_groups(before: State, decision: Decision, policy: Policy) -> None:
     formed = [action.group for action in decision.actions if isinstance(action, FormGroup)]
     assert len(formed) <= 1, "one group at a time"
     for group in formed:
-        assert group.attempt == before.attempt + 1, "I8: the next attempt"
+        past = max(before.attempt, group.restore.attempt if group.restore else 0)
+        assert group.attempt == past + 1, "I8: the next attempt"
         assert isinstance(decision.state.phase, Starting), "who forms a group waits for its first step"
         assert decision.state.phase.group == group, "the state names the group"
         assert set(group.members) <= set(ready_workers(decision.state)), "I8: members are up"

@@ -225,3 +225,10 @@ def test_a_late_failure_to_form_an_older_group_breaks_no_newer_one(running: Stat
     assert step(state, ActionFailed(123, "FormGroup", "a member is gone", "1"), POLICY).state is state
     broken = step(state, ActionFailed(123, "FormGroup", "a member is gone", "2"), POLICY).state
     assert isinstance(broken.phase, Recovering)
+
+
+def test_the_number_of_an_attempt_that_only_a_version_tells_of_is_not_given_again() -> None:
+    state = after(Opened(100, 2, 5), NodeJoined(101, "a", (A,)), NodeJoined(101, "b", (B,)))
+    state = after(InventoryTaken(102, 0, VersionId(6, 40), state.asks), state=state)
+    assert isinstance(state.phase, Starting)
+    assert state.phase.group.attempt == 7
