@@ -46,11 +46,17 @@ def can_begin(state: State, at: float, policy: Policy) -> bool:
 
 
 def begins_at(state: State, policy: Policy) -> float | None:
-    """Not before when a queued job can begin, should nothing change: UTC seconds; None: not with these nodes."""
+    """Not before when a queued job can begin, should nothing change: UTC seconds; None: not with these nodes.
+
+    One that has begun before goes on with as few as after a loss, once the others had the time to come: it may be all
+    there is left, and a supervisor's own end is no reason to wait for more.
+    """
     if are_full(state, policy.nodes_max, policy):
         return 0.0
     if are_full(state, max(policy.nodes_min, policy.min_nodes_to_run), policy):
         return state.changed_at + policy.settle_s
+    if state.attempt and len(state.nodes) >= policy.min_nodes_to_run:
+        return state.changed_at + max(policy.settle_s, policy.start_s)
     return None
 
 

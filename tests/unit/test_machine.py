@@ -232,3 +232,12 @@ def test_the_number_of_an_attempt_that_only_a_version_tells_of_is_not_given_agai
     state = after(InventoryTaken(102, 0, VersionId(6, 40), state.asks), state=state)
     assert isinstance(state.phase, Starting)
     assert state.phase.group.attempt == 7
+
+
+def test_a_job_that_has_begun_before_goes_on_with_the_fewest_nodes_once_the_others_had_time_to_come() -> None:
+    policy = replace(POLICY, nodes_min=2)
+    begun = after(Opened(100, 2, 4), NodeJoined(101, "a", (A,)), policy=policy)
+    assert step(begun, Tick(400.9), policy).state is begun
+    assert TakeInventory(0, 1) in step(begun, Tick(401), policy).actions
+    new = after(Opened(100, 1, 0), NodeJoined(101, "a", (A,)), policy=policy)
+    assert step(new, Tick(10_000), policy).state is new
