@@ -76,9 +76,12 @@ def worker_ready(state: State, event: WorkerReady, policy: Policy) -> Decision:
     if len(node.ready) >= policy.workers_per_node:
         reason = f"worker {event.worker} is one too many on node {node.id}"
         return Decision(put(state, end_worker(node, event.worker)), (KillWorker(event.worker),), reason)
+    gave_up = given_up(node, policy)
     node = replace(node, ready=(*node.ready, event.worker), starting=max(0, node.starting - 1), failed_starts=0)
     after = replace(put(state, node), changed_at=event.at)
-    return Decision(after, (), f"worker {event.worker} is ready")
+    # Where starts were given up, that one has come up is reason enough to try again.
+    after, starts = start_missing(after, policy) if gave_up and not _ending(state) else (after, ())
+    return Decision(after, starts, f"worker {event.worker} is ready")
 
 
 def worker_lost(state: State, event: WorkerLost, policy: Policy) -> Decision:

@@ -32,6 +32,7 @@ from ray_dr.model.recovery import (
     Running,
     SaveFinal,
     Starting,
+    StartWorkers,
     State,
     StopGroup,
     StopRequested,
@@ -241,3 +242,13 @@ def test_a_job_that_has_begun_before_goes_on_with_the_fewest_nodes_once_the_othe
     assert TakeInventory(0, 1) in step(begun, Tick(401), policy).actions
     new = after(Opened(100, 1, 0), NodeJoined(101, "a", (A,)), policy=policy)
     assert step(new, Tick(10_000), policy).state is new
+
+
+def test_a_worker_that_comes_up_has_starts_tried_again_that_were_given_up() -> None:
+    policy = replace(POLICY, nodes_max=1, workers_per_node=2)
+    state = after(Opened(100, 1, 0), NodeJoined(101, "a"), policy=policy)
+    for failed in range(3):
+        state = after(WorkerLost(102, f"a/0.{failed}", "a", "exit code 1", 0), state=state, policy=policy)
+    assert state.nodes[0].starting == 1
+    decision = step(state, WorkerReady(110, "a/0.9", "a"), policy)
+    assert decision.actions == (StartWorkers("a", 1),)
