@@ -17,6 +17,7 @@ from ray_dr.model.attempt import Assignment, Origin
 from ray_dr.model.checkpoint import Held, VersionId
 from ray_dr.model.journal import Marked, Where
 from ray_dr.model.recovery import Group, InventoryTaken
+from ray_dr.recovery.groups import group_of
 from ray_dr.recovery.plan import choose_version, copies
 from ray_dr.recovery.replicas import Domain, replicas
 from ray_dr.telemetry.tiers import COPIES_KEPT
@@ -56,6 +57,7 @@ class WorkerRef:
     running: bool = False
     rank: int = -1
     restore: VersionId | None = None
+    world: int = 0
 
 
 class Forming:
@@ -90,6 +92,8 @@ class Forming:
         began = time.monotonic()
         self.began = group.restore
         origin = self._origin(group.restore) if group.restore else None
+        if group_of(self._host.state) != group:
+            return  # it broke meanwhile: agents must not let go of what the next one may begin from
         keep = codec.to_json(group.restore) if group.restore else None
         answers = cluster.gather([a.handle.begin.remote(keep) for a in tuple(self._agents.values())], CALL_S)
         self.cadence = replace(self.cadence, from_step=0)

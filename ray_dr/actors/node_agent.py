@@ -412,9 +412,10 @@ class NodeAgent:
         threading.Thread(target=outlive_nobody, args=(self._agent,), name="outlive-nobody", daemon=True).start()
 
     def describe(self) -> dict[str, Any]:
-        """Node, its labels, address and process of this agent."""
+        """Node, its labels, address and process of this agent, and the newest attempt it has anything of."""
         return {
             "node": self._agent.node, "labels": self._labels, "address": self._agent.address, "pid": os.getpid(),
+            "attempt": max((part.version.attempt for part in self._agent.vault.held()), default=0),
         }  # fmt: skip
 
     def held(self, settle_s: float) -> Any:

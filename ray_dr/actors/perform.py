@@ -38,7 +38,9 @@ from ray_dr.model.recovery import (
     TakeInventory,
     WorkerLost,
     WorkerReady,
+    WorkerStopped,
 )
+from ray_dr.recovery.adoption import Living, living_group
 
 if TYPE_CHECKING:
     from ray_dr.actors.supervisor import Host
@@ -60,7 +62,8 @@ class Found:
     """What a restarted supervisor finds alive."""
 
     events: tuple[Event, ...]
-    workers: tuple[WorkerRef, ...]
+    attempt: int
+    """The highest that any of them has anything of."""
     group: Group | None
     step: int
 
@@ -144,7 +147,8 @@ class Performer:
                 self._drop_node(node)
             case AbortGroup(attempt, members):
                 for ref in self.forming.refs(members):
-                    ref.handle.abort.remote(attempt)
+                    aborted = ref.handle.abort.remote(attempt)
+                    cluster.when_done(aborted, partial(self._aborted, ref.worker, attempt), self._pool)
             case KillWorker(worker):
                 self._drop_worker(worker)
             case TakeInventory(incident, ask):
@@ -314,6 +318,11 @@ class Performer:
 
     # -- groups
 
+    def _aborted(self, worker: str, attempt: int, answer: Future[Any]) -> None:
+        """One that had not been sent into the attempt yet has nothing to leave, and says nothing of its own accord."""
+        if answer.exception() is None and answer.result() is False:
+            self._host.post(WorkerStopped(time.time(), worker, attempt, self._host.progress.began))
+
     def _stop(self, attempt: int, everywhere: bool) -> None:
         """Find a step that no member has done yet, and have all stop there."""
         state = self._state
@@ -371,12 +380,13 @@ class Performer:
                 self._join(said["node"], handle, said)
             except StoreError as error:
                 self._host.note("agent.failed", node=said["node"], error=repr(error))
+                cluster.kill(handle)  # nobody would hear of it again
         for said, handle in workers:
             if said["node"] in self._agents:
                 self._workers[said["worker"]] = WorkerRef(
                     said["worker"], said["node"], handle, said["rendezvous"], said["attempt"], said["step"],
                     said["running"], said["rank"],
-                    codec.from_json(VersionId, said["restore"]) if said["restore"] else None,
+                    codec.from_json(VersionId, said["restore"]) if said["restore"] else None, said["world"],
                 )  # fmt: skip
             else:
                 cluster.kill(handle)
@@ -386,9 +396,12 @@ class Performer:
             NodeJoined(now, node, tuple(ref.worker for ref in refs if ref.node == node)) for node in sorted(self._agents)
         ]
         ready = [WorkerReady(now, ref.worker, ref.node) for ref in refs]
-        group, step = _group_of(refs)
+        group, step = living_group(
+            [Living(r.worker, r.attempt, r.rank, r.step, r.running, r.restore, r.world) for r in refs]
+        )
         self.forming.peers = self.forming.expected_peers()
-        return Found((*joined, *ready), refs, group, step)
+        attempt = max([0, *(ref.attempt for ref in refs), *(said["attempt"] for said, _ in agents)])
+        return Found((*joined, *ready), attempt, group, step)
 
     def _living(self, kind: str) -> list[tuple[dict[str, Any], Any]]:
         handles = [
@@ -409,17 +422,21 @@ class Performer:
             try:
                 effect()
             except Exception as error:
-                subject = getattr(action, "node", "") or getattr(action, "worker", "")
-                self._host.post(ActionFailed(time.time(), type(action).__name__, str(error)[:300], subject))
+                self._host.post(ActionFailed(time.time(), type(action).__name__, str(error)[:300], _subject(action)))
 
         self._pool.submit(run)
 
 
-def _group_of(refs: tuple[WorkerRef, ...]) -> tuple[Group | None, int]:
-    """The newest attempt's members in rank order, when they are in it still; and the step all of them have done."""
-    attempt = max((ref.attempt for ref in refs), default=0)
-    members = sorted((ref for ref in refs if ref.attempt == attempt and attempt), key=lambda ref: ref.rank)
-    if not members or not any(ref.running for ref in members):
-        return None, 0
-    names = tuple(ref.worker for ref in members)
-    return Group(attempt, names, members[0].restore), min(ref.step for ref in members)
+def _subject(action: Action) -> str:
+    """The node, the worker or the attempt that an action is about; empty for others."""
+    match action:
+        case StartWorkers(node, _) | ReleaseNode(node):
+            return node
+        case KillWorker(worker):
+            return worker
+        case FormGroup(group):
+            return str(group.attempt)
+        case StopGroup(attempt) | SaveFinal(attempt):
+            return str(attempt)
+        case _:
+            return ""

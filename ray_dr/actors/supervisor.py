@@ -297,7 +297,7 @@ class Host:
         attempt = max([attempt, *(manifest.version.attempt for manifest in self.stored)])
         self._tuning.recall()
         found = self.perform.find_living()
-        self.decide(Opened(time.time(), self.term, max([attempt, *(w.attempt for w in found.workers)])))
+        self.decide(Opened(time.time(), self.term, max(attempt, found.attempt)))
         for event in found.events:
             self.decide(event)
         if found.group is not None:
@@ -339,8 +339,8 @@ class Host:
                 self.decide(event)
             elif "skipped" in message:
                 self._skipped(codec.from_json(VersionId, message["skipped"]))
-            elif "lost" in message:
-                node = self.perform.node_of(message["lost"]) or report.node
+            elif "lost" in message and (node := self.perform.node_of(message["lost"])) is not None:
+                # Else it was told to end, or belonged to a supervisor before this one: no news of those that start now.
                 self.decide(
                     WorkerLost(time.time(), message["lost"], node, "its connection closed", self.progress.step)
                 )
@@ -422,7 +422,9 @@ class Host:
         if where is Where.DISK and self.job.disk is not None:
             self.perform.tell_kept_on_disk(self.complete.complete(where)[: self.job.disk.keep_last])
         elif where is Where.PEER or not self.perform.forming.peers:
-            self.perform.tell_completed(version)
+            group = group_of(self.state)
+            if group is not None and group.attempt == version.attempt:  # else nobody may let go of what was found
+                self.perform.tell_completed(version)
 
     # -- commits
 

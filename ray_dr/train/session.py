@@ -42,6 +42,7 @@ class Session:
         self._lock = threading.Lock()
         self._threads = torch.get_num_threads()
         self._control = Control(0)
+        self._refused = 0
         self._breaker: collectives.Breaker | None = None
         self._assignment: Assignment | None = None
         self._thread: threading.Thread | None = None
@@ -52,9 +53,9 @@ class Session:
         gc.freeze()  # what is imported stays: a collection between attempts then takes milliseconds
 
     def start(self, assignment: Assignment) -> bool:
-        """Begin an attempt in a thread of its own. False when this or a newer attempt has already begun."""
+        """Begin an attempt in a thread of its own. False when this or a newer attempt has already begun, or was aborted."""
         with self._lock:
-            if assignment.attempt <= self._control.attempt:
+            if assignment.attempt <= max(self._control.attempt, self._refused):
                 return False
             self._control = Control(assignment.attempt, assignment.cadence)
             self._breaker = collectives.Breaker()
@@ -65,8 +66,10 @@ class Session:
             return True
 
     def abort(self, attempt: int) -> bool:
-        """Make the attempt's `train` leave wherever it is: in a collective at once, else at its next step."""
+        """Make the attempt's `train` leave wherever it is: in a collective at once, else at its next step. False when this
+        worker is not in it; then it will not begin it either."""
         with self._lock:
+            self._refused = max(self._refused, attempt)
             if attempt != self._control.attempt or self._assignment is None or self._breaker is None:
                 return False
             self._control.abort()
@@ -103,7 +106,7 @@ class Session:
         return {
             "attempt": self._control.attempt, "step": self._control.step,
             "running": thread is not None and thread.is_alive(), "rank": assignment.rank if assignment else -1,
-            "restore": codec.to_json(origin.version) if origin else None,
+            "restore": codec.to_json(origin.version) if origin else None, "world": assignment.world if assignment else 0,
         }  # fmt: skip
 
     def _run(self, a: Assignment, control: Control) -> None:

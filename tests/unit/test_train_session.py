@@ -245,6 +245,15 @@ def test_an_older_attempt_is_not_started_nor_aborted(stage: Stage) -> None:
     assert not stage.ask(0, "set_cadence", 1, Cadence(0, 1, 0))
 
 
+def test_an_attempt_that_was_aborted_before_it_began_is_not_begun(stage: Stage) -> None:
+    stage.add(1, walk)
+    assert not stage.ask(0, "abort", 2)
+    with pytest.raises(AssertionError):
+        stage.start(2, [0], steps=1)
+    stage.start(3, [0], steps=1)
+    assert stage.wait_for("WorkerReturned", "w0")["attempt"] == 3
+
+
 @pytest.mark.parametrize("use", [iter, len, lambda batch: batch[0], lambda batch: batch.shape])
 def test_a_batch_in_pieces_explains_itself_however_it_is_touched(use: Any) -> None:
     with pytest.raises(TypeError, match=r"ctx\.micro_batches\(batch\)"):
