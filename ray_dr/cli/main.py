@@ -27,6 +27,7 @@ VERBS = {
     "check": "Prove that the checkpoints in the store are whole.",
     "prune": "Let old checkpoints go: what, and why; with --yes.",
     "replay": "Decide a job's past anew with this version's code and show what differs.",
+    "simulate": "Live jobs' lives in virtual time, with faults by chance, and check that what must hold does.",
     "data": "What a job's journal proves about its data.",
     "keys": "Change the key that opens an encrypted store, without touching its data.",
     "store": "Whether a store keeps what the commits and the data rest on, and how fast it is.",
