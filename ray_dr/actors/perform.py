@@ -96,6 +96,10 @@ class Performer:
         ref = self._workers.get(worker)
         return ref.node if ref else None
 
+    def has(self, node: str) -> bool:
+        """Whether a node's agent is one of the job's."""
+        return node in self._agents
+
     def ack(self, node: str, last: int) -> None:
         """The journal is in the store up to here."""
         agent = self._agents.get(node)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ray_dr.detection.detectors import Detection
@@ -46,49 +47,57 @@ class Senses:
     def __init__(self, host: Host) -> None:
         self._host = host
         self._detection = Detection()
+        self._group: Formed | None = None
+        self._at = 0.0
         self._nodes: dict[str, str] = {}
         self._said_at = 0.0
         self._hung: Finding | None = None
+
+    def receive(self, at: float) -> None:
+        """What is told next was received at this moment: what a busy host takes late is not late."""
+        self._at = max(self._at, at)
 
     def beat(self, node: str, message: dict[str, Any]) -> None:
         """A sign of life of a node's agent, with its workers' beacons."""
         name = self._name(node)
         beacons = codec.from_json(tuple[Beacon, ...], message["beacons"])
-        self._take(Report(time.monotonic(), name, message["beat"], beacons))
+        self._take(Report(self._at, name, message["beat"], beacons))
 
     def stepped(self, record: StepRecord) -> None:
         """A rank has done a step."""
         loss, grad_norm = record.logs.get("loss"), record.logs.get("grad_norm")
         finite = all(math.isfinite(value) for value in (loss, grad_norm) if value is not None)
-        self._take(StepDone(time.monotonic(), record.rank, record.attempt, record.step, record.took_s, loss=loss,
+        self._take(StepDone(self._at, record.rank, record.attempt, record.step, record.took_s, loss=loss,
                             grad_norm=grad_norm, finite=finite))  # fmt: skip
 
     def raised(self, event: WorkerRaised) -> None:
         """`train` left by an exception on a rank."""
-        self._take(Raised(time.monotonic(), event.worker, event.attempt, event.step, event.error, event.collateral))
+        self._take(Raised(self._now(), event.worker, event.attempt, event.step, event.error, event.collateral))
 
     def closed(self, node: str) -> None:
         """The connection to a node's agent is gone."""
-        self._take(Closed(time.monotonic(), self._name(node)))
+        self._take(Closed(self._now(), self._name(node)))
 
     def released(self, name: str, *, node: bool = False) -> None:
         """The host ends a worker, or gives a node back: its end is no news."""
-        self._take(Released(time.monotonic(), self._name(name) if node else name))
+        self._take(Released(self._now(), self._name(name) if node else name))
 
     def formed(self, group: Group) -> None:
         """An attempt begins."""
         members = tuple(Member(rank, worker) for rank, worker in enumerate(group.members))
-        self._hung = None
-        self._take(Formed(time.monotonic(), group.attempt, members))
+        self._form(Formed(self._now(), group.attempt, members))
 
     def broken(self, attempt: int) -> None:
         """The group is no more."""
-        self._hung = None
-        self._take(Formed(time.monotonic(), attempt, ()))
+        self._form(Formed(self._now(), attempt, ()))
+
+    def _form(self, formed: Formed) -> None:
+        self._hung, self._group = None, formed
+        self._take(formed)
 
     def look(self) -> None:
         """Time passes; to be called at least every tenth of a second."""
-        now = time.monotonic()
+        now = self._now()
         if now - self._said_at >= NOW_S:
             self._said_at = now
             self._take(Now(now))
@@ -99,8 +108,19 @@ class Senses:
         self._nodes[name] = node
         return name
 
+    def _now(self) -> float:
+        self._at = max(self._at, time.monotonic())
+        return self._at
+
     def _take(self, sample: Sample) -> None:
-        for finding in self._detection.observe(sample):
+        try:
+            found = self._detection.observe(sample)
+        except Exception as error:  # a supervisor that ended of it would hear the same again, and end again
+            self._host.note("detection.failed", error=repr(error), sample=type(sample).__name__)
+            self._detection, found = Detection(), ()
+            if self._group is not None and sample is not self._group:
+                self._take(replace(self._group, at=self._at))
+        for finding in found:
             fields = {key: value for key, value in codec.to_json(finding).items() if key not in ("at", "since")}
             began = round(time.time() - (time.monotonic() - finding.since), 3)
             self._host.note("finding", **fields, began=began)

@@ -85,11 +85,12 @@ LINGER_S = 20.0
 
 @dataclass(frozen=True, slots=True)
 class Heard:
-    """A report of a node agent."""
+    """A report of a node agent. `at`: when it was received, monotonic seconds."""
 
     node: str
     messages: list[Message]
     last: int
+    at: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +154,7 @@ class Host:
     def heard(self, node: str, messages: list[Message], last: int) -> None:
         """Enqueue a report; from a watch's thread."""
         if messages:
-            self._mailbox.put(Heard(node, messages, last))
+            self._mailbox.put(Heard(node, messages, last, time.monotonic()))
 
     def lost(self, node: str, how: str) -> None:
         """A node's agent is gone, and what it held; from a watch's thread."""
@@ -206,7 +207,8 @@ class Host:
                 self._version_committed(item)
             case _:
                 self.decide(item)
-        self._senses.look()
+        if self._mailbox.empty():  # else what it has heard may only not have been looked at
+            self._senses.look()
         if time.monotonic() - self._paced_at > PACE_S:
             self._paced_at = time.monotonic()
             self.decide(Tick(time.time()))
@@ -323,13 +325,15 @@ class Host:
     # -- what agents report
 
     def _report(self, report: Heard) -> None:
+        self._senses.receive(report.at)
         for message in report.messages:
             if "record" in message:
                 self._record(codec.from_json(Record, message["record"]), message.get("ref"))
             elif "witness" in message:
                 self._stepped(Stepped(time.time(), codec.from_json(StepRecord, message["witness"])))
             elif "beat" in message:
-                self._senses.beat(report.node, message)
+                if self.perform.has(report.node):  # not of one that was given up meanwhile
+                    self._senses.beat(report.node, message)
             elif "upload" in message:
                 self._live.heard(codec.from_json(Upload, message["upload"]))
             elif "event" in message:

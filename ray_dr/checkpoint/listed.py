@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ray_dr.checkpoint.reader import Kind, StoreSource
-from ray_dr.errors import CheckpointError, NotFound
+from ray_dr.errors import CheckpointError, NotFound, StoreError
 
 
 @dataclass(slots=True, eq=False)
@@ -22,7 +22,7 @@ class ListedSource:
     kind: Kind
     open: Callable[[], StoreSource]
     _opened: StoreSource | None = None
-    _gone: str = ""
+    _failed: StoreError | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -30,16 +30,19 @@ class ListedSource:
         return self.url
 
     def opened(self) -> StoreSource:
-        """The copy. Raises NotFound when there is no whole part list (then it is not looked for again), StoreError when the
-        store is away."""
+        """The copy. Raises NotFound when there is no whole part list, StoreError when the store is away: also later, without
+        looking again, for whoever wants many chunks must not wait for a store that is away as many times."""
         with self._lock:
-            if self._opened is None and not self._gone:
+            if self._opened is None and self._failed is None:
                 try:
                     self._opened = self.open()
-                except (NotFound, CheckpointError) as error:
-                    self._gone = str(error)
+                except StoreError as error:
+                    self._failed = error
+                except CheckpointError as error:
+                    self._failed = NotFound(str(error))
             if self._opened is None:
-                raise NotFound(self._gone)
+                assert self._failed is not None, "one or the other"
+                raise self._failed
             return self._opened
 
     def read(self, rank: int, start: int, into: memoryview) -> None:

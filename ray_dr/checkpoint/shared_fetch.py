@@ -156,15 +156,16 @@ class _Gathering:
         with self._changed:
             return not self._wishes
 
-    def close(self) -> None:
-        """Give the memory back, but for what the next restore is to find; who waits for a place gets none."""
+    def close(self, *, keep: bool = True) -> None:
+        """Give the memory back, but for what the next restore is to find; who waits for a place gets none. Without `keep` all
+        of it, with the last who has mapped it: ranks may still copy from it, though their connections are gone."""
         with self._changed:
             self._formed = True
             places, self._places, self._by_chunk = self._places, [], {}
             pool, self._pool = self._pool, None
             self._changed.notify_all()
-        ready = len(list(itertools.takewhile(lambda place: place.reserved, places)))
-        if pool is not None and (self._flights or any(place.holders for place in places)):
+        ready = len(list(itertools.takewhile(lambda pair: pair[1].reserved and pair[1].index == pair[0], enumerate(places))))
+        if pool is not None and (not keep or self._flights or any(place.holders for place in places)):
             pool.close()  # with the last who still reads or fills it
         elif pool is not None:
             pool.keep(min(ready * self._size, KEPT_BYTES))
@@ -310,7 +311,7 @@ class SharedFetch:
             self._closed = True
             under_way, self._under_way = tuple(self._under_way.values()), {}
         for gathering in under_way:
-            gathering.close()
+            gathering.close(keep=False)
         while self._kept:
             self._kept.pop().close()
 

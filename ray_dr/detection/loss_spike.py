@@ -6,7 +6,7 @@ import math
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from statistics import fmean, median
+from statistics import median
 from typing import ClassVar
 
 from ray_dr.detection.robust import scale
@@ -99,8 +99,8 @@ class LossSpike:
             case WholeStep(ranks=ranks) if self._formed is not None:
                 losses = [done.loss for done in ranks if done.loss is not None]
                 norms = [done.grad_norm for done in ranks if done.grad_norm is not None]
-                if losses:
-                    yield from self._judge(self._loss, "loss", fmean(losses), sample)
+                if losses and all(map(math.isfinite, losses)):
+                    yield from self._judge(self._loss, "loss", math.fsum(loss / len(losses) for loss in losses), sample)
                 if norms:
                     yield from self._judge(self._norm, "gradient norm", max(norms), sample)
 

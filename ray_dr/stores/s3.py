@@ -293,6 +293,7 @@ def _translated(key: str) -> Iterator[None]:
     """boto3's errors, and those of the connection below it, as ours."""
     from botocore import exceptions
     from botocore.parsers import ResponseParserError
+    from urllib3.exceptions import HTTPError
 
     try:
         yield
@@ -306,6 +307,7 @@ def _translated(key: str) -> Iterator[None]:
         exceptions.HTTPClientError,
         ResponseParserError,
         http.client.HTTPException,
+        HTTPError,  # of a body that boto3 leaves to be read, that of an error too
         OSError,
     ) as error:
         raise StoreUnavailable(f"no answer from the store ({error})", key=key) from error

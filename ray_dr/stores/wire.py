@@ -82,11 +82,14 @@ class Connection:
         return header, payload_size
 
     def read_into(self, into: memoryview) -> None:
-        """Fill `into` with the payload's next bytes."""
+        """Fill `into` with the payload's next bytes. Silence in the middle of them may go on for twice the time-out."""
+        self._fill(into, socket.MSG_WAITALL)  # not a wake-up per packet
+
+    def _fill(self, into: memoryview, flags: int = 0) -> None:
         done = 0
         while done < len(into):
             try:
-                count = self._sock.recv_into(into[done:], 0, socket.MSG_WAITALL)  # not a wake-up per packet
+                count = self._sock.recv_into(into[done:], 0, flags)
             except OSError as error:
                 raise self._broken(error) from error
             if count == 0:
@@ -122,7 +125,7 @@ class Connection:
 
     def _exactly(self, size: int) -> bytearray:
         data = bytearray(size)
-        self.read_into(memoryview(data))
+        self._fill(memoryview(data))
         return data
 
 

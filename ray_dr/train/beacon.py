@@ -71,9 +71,15 @@ class Beacon:
     def _keep_count(self) -> None:
         while not self._over.wait(COUNT_S):
             with contextlib.suppress(Exception):  # the group is just being formed or left
-                if dist.is_initialized():
-                    groups: tuple[Any, ...] = tuple(dist.distributed_c10d._world.pg_map)
-                    entered = sum(group._get_sequence_number_for_group() for group in groups)
-                    if entered != self._collective:
-                        self._collective, self._since = entered, time.monotonic_ns()  # it gets on, be the phase ever so long
-                        self._write()
+                entered = _entered()
+                if entered not in (None, self._collective):
+                    self._collective, self._since = entered, time.monotonic_ns()  # it gets on, be the phase ever so long
+                    self._write()
+
+
+def _entered() -> int | None:
+    """How many collectives this process has entered in all groups. Keeps no group: one that is left must go at once."""
+    if not dist.is_initialized():
+        return None
+    groups: tuple[Any, ...] = tuple(dist.distributed_c10d._world.pg_map)
+    return sum(int(group._get_sequence_number_for_group()) for group in groups)

@@ -190,6 +190,7 @@ class Context:
                 took_s = time.monotonic() - begun - self._fence.take_held_up()
                 self._finish(state, slices, indices, took_s, last=state.step + 1 >= until)
         finally:
+            self._link.beacon.enter(WorkerPhase.SETUP, state.step)  # what comes behind the steps has no usual time
             self._fence.wait()  # whoever leaves the loop may do with the parameters what he likes
 
     def micro_batches(self, batch: Any) -> Iterator[Any]:

@@ -17,6 +17,7 @@ Two things guard against programs that do change parameters otherwise:
 from __future__ import annotations
 
 import contextlib
+import functools
 import heapq
 import threading
 import time
@@ -78,7 +79,7 @@ class Parcel:
         self.link.record(Noted(time.time(), "save.torn", fields))
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(eq=False)
 class _Split:
     """What of a state is copied at once, and what later: kept from save to save, as are the copies into each slot.
 
@@ -95,7 +96,7 @@ class _Split:
     marks: Marks = field(default_factory=Marks)
     _copies: dict[int, tuple[memoryview, Copy, Copy]] = field(default_factory=dict)
 
-    @property
+    @functools.cached_property
     def on_devices(self) -> bool:
         """Whether anything is; then this must not outlive the save: it would hold memory that the program may need."""
         return any(piece.tensor.is_cuda for piece in (*self.now, *self.later))
@@ -114,11 +115,13 @@ class _Split:
     def same(self, version: VersionId) -> Same:
         """What this save, which is handed over as `version`, has in common with the one that was before it."""
         told = self.marks.tell(version)
-        if told is None:
-            return None
+        return None if told is None else (told[0], joined((at, self._ends[at]) for at in told[1]))
+
+    @functools.cached_property
+    def _ends(self) -> dict[int, int]:
+        """Where each run ends, and the padding behind it: where the next one begins."""
         starts = sorted({at for piece in (*self.now, *self.later) for at in range(piece.at, piece.at + piece.size, CHUNK_BYTES)})
-        ends = dict(zip(starts, (*starts[1:], self.plan.size), strict=True))
-        return told[0], joined((at, ends[at]) for at in told[1])
+        return dict(zip(starts, (*starts[1:], self.plan.size), strict=True))
 
 
 @dataclass(slots=True)
@@ -304,7 +307,7 @@ def _split(plan: SavePlan, flat: Flat, owners: Any, owned: Mapping[int, tuple[to
         else:
             split.now.append(piece)
     if sum(piece.size for piece in split.later) < AT_ONCE_BYTES:
-        split.now += split.later
+        split.now = sorted((*split.now, *split.later), key=lambda piece: piece.at)
         split.later, split.watched = [], []
     split.sampled = list(_samples(split.later))
     return split

@@ -18,7 +18,7 @@ from ray_dr.checkpoint.local_disk import LocalDisk
 from ray_dr.checkpoint.reader import Kind, MemorySource, Source, StoreSource, read_state
 from ray_dr.checkpoint.restore_plan import build_index, plan_restore
 from ray_dr.checkpoint.shared_source import Sharing
-from ray_dr.errors import CheckpointError, CorruptChunk, NoCheckpoint, StoreError
+from ray_dr.errors import CheckpointError, CopiesAway, CorruptChunk, NoCheckpoint, NotFound, StoreError
 from ray_dr.model.attempt import Assignment, Origin
 from ray_dr.model.checkpoint import Box, Part, PartRef
 from ray_dr.model.journal import Noted, Restored
@@ -91,16 +91,21 @@ class _Readers:
             return list(pool.map(lambda rank: self.part(rank, store), range(world)))
 
     def part(self, rank: int, store: Store) -> Part:
-        """The description of a rank's part, from the first holder that answers, else from the store."""
+        """The description of a rank's part, from the first holder that answers, else from the stores in order. Raises
+        CopiesAway when one of them may have it and can't be asked."""
         for address in self._nearest(rank):
             try:
                 return parse(self._reader(address).part(self._origin.version, rank))
             except StoreError:
                 continue
+        failed: list[Exception] = []
         for kept, _, refs, _ in self._stores(store):
             if rank in refs:
-                return self._listed(kept(), refs[rank])
-        raise NoCheckpoint(f"nobody holds rank {rank} of step {self._origin.version.step} any more")
+                try:
+                    return self._listed(kept(), refs[rank])
+                except (StoreError, CheckpointError) as error:
+                    failed.append(error)
+        raise self._none_left(rank, failed)
 
     def sources(self, part: Part, store: Store) -> tuple[Source, ...]:
         """Where a part's bytes can be read, nearest first. Of stores, only one with nothing nearer is asked now."""
@@ -110,7 +115,7 @@ class _Readers:
                 found.append(self._held(address, part))
             except (StoreError, OSError):
                 continue
-        failed: Exception | None = None
+        failed: list[Exception] = []
         for kept, url, refs, kind in self._stores(store):
             if part.rank not in refs:
                 continue
@@ -121,10 +126,18 @@ class _Readers:
             try:
                 found.append(stored())
             except (StoreError, CheckpointError) as error:
-                failed = failed or error
-        if failed is not None and not found:
-            raise failed  # with another copy, a store that is away does no harm
+                failed.append(error)
+        if failed and not found:
+            raise self._none_left(part.rank, failed)  # with another copy, a store that is away does no harm
         return tuple(found)
+
+    def _none_left(self, rank: int, failed: list[Exception]) -> CheckpointError:
+        """What it means that nobody near holds a part, and that it could not be had from any store, each for its reason."""
+        step = self._origin.version.step
+        away = [error for error in failed if isinstance(error, StoreError) and not isinstance(error, NotFound)]
+        if away:
+            return CopiesAway(f"rank {rank} of step {step} can't be had now: {'; '.join(map(str, away))}")
+        return NoCheckpoint(f"nobody holds rank {rank} of step {step} any more{''.join(f'; {error}' for error in failed)}")
 
     def _stored(self, kept: Callable[[], Store], ref: PartRef, kind: Kind) -> StoreSource:
         store = kept()

@@ -97,6 +97,8 @@ class Copy:
             [target for dtype, wanted in spans.items() for target in _cut_out(slot, dtype, wanted)],
             [source for found in sources.values() for source in found],
         )
+        for target, source in zip(*self._small, strict=True):
+            assert target.numel() == source.numel(), "else torch would fill it up, or copy nothing"
         for device in self._device:
             _side_stream(device).wait_stream(torch.cuda.current_stream(device))
 
@@ -115,8 +117,8 @@ class Copy:
             event.synchronize()
 
     def _renew(self, marks: Marks, at: int, target: memoryview, source: memoryview) -> None:
-        mark = marks.look(at, source)
-        if mark is None or self._there.pop(at, None) != mark:
+        mark, there = marks.look(at, source), self._there.pop(at, None)
+        if mark is None or there != mark:
             copy_into(target, source)
         if mark is not None:
             self._there[at] = mark
@@ -194,9 +196,10 @@ def _in_one_thread(piece: Piece) -> torch.Tensor | None:
 
 
 def _cut_out(slot: memoryview, dtype: torch.dtype, runs: Sequence[tuple[int, int]]) -> Iterator[torch.Tensor]:
-    """Runs of bytes [first, last) of a slot, in order, as tensors."""
+    """Runs of bytes [first, last) of a slot as tensors."""
     if runs:
-        whole, width = torch.from_numpy(np.frombuffer(slot[: runs[-1][1]], np.uint8)).view(dtype), dtype.itemsize
+        end = max(last for _, last in runs)
+        whole, width = torch.from_numpy(np.frombuffer(slot[:end], np.uint8)).view(dtype), dtype.itemsize
         yield from (whole[first // width : last // width] for first, last in runs)
 
 

@@ -8,7 +8,9 @@ from collections.abc import Iterator
 import pytest
 
 from ray_dr.actors.node_agent import Agent
-from ray_dr.errors import CheckpointError, CopiesAway, StoreUnavailable
+from ray_dr.checkpoint.listed import ListedSource
+from ray_dr.checkpoint.reader import StoreSource
+from ray_dr.errors import CheckpointError, CopiesAway, NoCheckpoint, StoreUnavailable
 from ray_dr.model.attempt import Origin
 from ray_dr.model.checkpoint import Part, PartRef
 from ray_dr.repository.parts import write_part
@@ -97,6 +99,40 @@ def test_the_second_store_is_asked_only_for_what_the_first_lacks(
     a = assignment("", origin, second_url=f"{url}-second")  # which has nothing
     assert restore(a, {"model": network(2)}, TOKEN, open_store(url), link).sources == {"store": part.size}
     assert set(asked) == {refs[0].key}
+
+
+@pytest.mark.parametrize("first", ["away", "emptied"])
+def test_the_second_store_is_asked_where_the_first_cannot_even_give_the_part_list(link: Link, url: str, first: str) -> None:
+    ((part, stream),) = saved_network(1)
+    put(url, part, stream)
+    refs = listed(url, part)
+    a = assignment("", Origin(VERSION, 1, {}, refs, second=refs), second_url=url)
+    store = Away() if first == "away" else open_store(f"{url}-empty")
+    assert restore(a, {"model": network(2)}, TOKEN, store, link).sources == {"second": part.size}
+
+
+def test_a_part_that_only_a_store_has_which_is_away_is_worth_another_try(link: Link, url: str) -> None:
+    ((part, stream),) = saved_network(1)
+    put(url, part, stream)
+    a = assignment("", Origin(VERSION, 1, {}, listed(url, part)))
+    with pytest.raises(CopiesAway, match=r"rank 0 of step .* can't be had now"):
+        restore(a, {"model": network(2)}, TOKEN, Away(), link)
+    with pytest.raises(NoCheckpoint, match="nobody holds rank 0"):
+        restore(a, {"model": network(2)}, TOKEN, open_store(f"{url}-empty"), link)
+
+
+def test_a_store_that_is_away_is_asked_once_however_many_chunks_are_bad(url: str) -> None:
+    asked: list[str] = []
+
+    def opened() -> StoreSource:
+        asked.append(url)
+        raise StoreUnavailable("no answer")
+
+    source = ListedSource(url, "store", opened)
+    for _ in range(5):
+        with pytest.raises(StoreUnavailable):
+            source.opened()
+    assert asked == [url]
 
 
 def test_a_bad_chunk_in_memory_comes_from_the_store_whose_part_list_is_read_then(

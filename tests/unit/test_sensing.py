@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -41,13 +42,13 @@ class Stage:
         self.senses.formed(self.group)
 
     def note(self, name: str, **fields: Any) -> None:
-        assert name == "finding"
-        self.notes.append(fields)
+        self.notes.append({"name": name, **fields})
 
     def decide(self, event: Event) -> None:
         self.decided.append(event)
 
     def beat(self, rank: int, phase: WorkerPhase, since: float, collective: int) -> None:
+        self.senses.receive(self.now)
         beacon = Beacon(rank, 1, self.step, phase, collective, since)
         self.senses.beat(NODES[rank], {"beat": self.now, "beacons": codec.to_json((beacon,))})
 
@@ -119,6 +120,25 @@ def test_nobody_is_ended_of_a_group_that_is_no_more(clock: SimpleNamespace) -> N
     stage.senses.broken(1)
     stage.stand(30.0)
     assert stage.decided == []
+
+
+@pytest.mark.parametrize("losses", [(math.inf, -math.inf), (1.7e308, 1.7e308), (math.nan, 1.0)])
+def test_no_number_that_a_program_logs_ends_the_senses(clock: SimpleNamespace, losses: tuple[float, float]) -> None:
+    stage = staged(clock)
+    for rank, loss in enumerate(losses):
+        stage.senses.stepped(StepRecord(1, stage.step + 1, rank, 2, (), "", STEP_S, {"loss": loss}))
+    assert not [note for note in stage.notes if note["name"] == "detection.failed"]
+
+
+def test_a_detector_that_fails_is_told_of_and_detection_begins_anew(clock: SimpleNamespace) -> None:
+    stage = staged(clock)
+    stage.senses._detection.observe = lambda sample: 1 / 0  # type: ignore[method-assign, assignment]
+    stage.now += STEP_S
+    stage.senses.look()
+    assert [note["name"] for note in stage.notes] == ["detection.failed"]
+    stage.train(LEARNED)
+    stage.stand(10.0)
+    assert stage.notes[-1]["kind"] == "hang"
 
 
 def test_a_node_that_falls_silent_is_given_up_by_its_full_name(clock: SimpleNamespace) -> None:

@@ -13,6 +13,8 @@ import pytest
 import torch
 import xxhash
 from blake3 import blake3
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
@@ -26,8 +28,8 @@ from ray_dr.train import fence
 from ray_dr.train.context import Context, Control, State, StopAttempt
 from ray_dr.train.fence import Fence
 from ray_dr.train.link import Link
-from ray_dr.train.staging import Copy, Piece, Planner, stage
-from ray_dr.train.state import flatten
+from ray_dr.train.staging import Copy, Marks, Piece, Planner, stage
+from ray_dr.train.state import bytes_of, flatten
 from tests.unit.train_programs import GUARD_S, TOKEN, Rows
 
 Bytes = dict[tuple[str, tuple[int, ...]], bytes]
@@ -305,6 +307,40 @@ def test_whatever_stays_the_same_for_however_long_every_save_has_its_bytes_and_t
     assert link.saves == ends
     assert all(names.values())
     assert looked.worker > looked.agent, "most of it the agent is told"
+
+
+@given(st.integers(1, 3), st.lists(st.tuples(st.integers(0, 2), st.sampled_from("AB0")), min_size=8, max_size=40))
+@settings(max_examples=60, deadline=None)
+def test_bytes_that_come_back_to_what_they_were_are_in_every_slot_what_they_are(
+    slots: int, course: list[tuple[int, str]]
+) -> None:
+    tensor = torch.zeros(SIZES[1])
+    size, marks = tensor.nbytes, Marks()
+    rooms = [memoryview(bytearray(size)) for _ in range(slots)]
+    copies = [Copy([Piece("t", 0, size, tensor)], room, marks) for room in rooms]
+    for slot, value in course:
+        tensor.fill_({"A": 1.0, "B": 2.0, "0": 0.0}[value])
+        marks.begin()
+        copies[slot % slots].run()
+        assert rooms[slot % slots] == bytes_of(tensor)
+
+
+@pytest.mark.parametrize("kind", ["adam", "momentum"])
+def test_small_pieces_behind_all_that_the_optimizer_has_are_saved(agent: Agent, link: Tapped, kind: str) -> None:
+    model = nn.Linear(4, 4)
+    model.register_buffer("zsteps", torch.zeros((), dtype=torch.int64))
+    model.register_buffer("zzz", torch.zeros(6, dtype=torch.int64))
+    optimizer = OPTIMIZERS[kind](model)
+    ctx = context(agent, link, Gate())
+    ends = {}
+    for step in ctx.steps(ctx.restore(a=optimizer, model=model), until=4):
+        model(torch.ones(2, 4)).sum().backward()
+        optimizer.step()
+        model.zsteps += 1  # type: ignore[operator]
+        model.zzz += step + 1  # type: ignore[operator]
+        ends[step + 1] = snapshot({"a": optimizer, "model": model})
+    ctx.close()
+    assert link.saves == ends
 
 
 def named_right(agent: Agent) -> dict[int, bool]:
