@@ -20,6 +20,7 @@ FAILED, BAD_INPUT, DO_NOT_RESUBMIT, INTERRUPTED = 1, 2, 3, 130
 VERBS = {
     "run": "Run a training function until it is done, through failures and resizes.",
     "status": "Where a job stands.",
+    "why": "What happened, how it was known, what was tried, what it cost, what to do.",
     "timeline": "What went wrong, how long each part of getting over it took, and every decision's reason.",
     "checkpoints": "The checkpoints that can be restored.",
     "restore": "Write a checkpoint as one safetensors file or for torch's DCP, verified.",

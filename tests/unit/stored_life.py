@@ -88,7 +88,7 @@ def did(attempt: int, number: int, rank: int, world: int, at: float) -> Stepped:
 
 def undisturbed() -> list[Record]:
     """The same job when nothing happens to it."""
-    life = _begun()
+    life = begun()
     life.do(1, range(2, 9), 2, since=100.0)
     _end(life, "a/0.1", "b/0.1", attempt=1, at=109.0)
     return life.records
@@ -96,7 +96,7 @@ def undisturbed() -> list[Record]:
 
 def disturbed() -> list[Record]:
     """The job as told above."""
-    life = _begun()
+    life = begun()
     life.do(1, range(2, 6), 2, since=99.9)
     life.records += [
         *(PartSaved(103.5, VersionId(1, 3), rank, 2, Where.MEMORY, "a", 10, 0.1) for rank in range(2)),
@@ -149,9 +149,9 @@ def _leaves() -> list:
     return [replicated(name, "int32", shape, rank=0, world=1) for name, shape in TENSORS.items()]
 
 
-def _begun() -> Life:
+def begun(spec: Job = SPEC) -> Life:
     """Up to the first step."""
-    life = Life()
+    life = Life(spec)
     life.open()
     life.meet(
         Opened(99.0, 1, 0),
