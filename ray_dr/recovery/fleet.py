@@ -6,10 +6,12 @@ Nodes stand in the order they joined. Every function takes a state and gives a s
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import replace
 
 from ray_dr.model.recovery import Action, Group, Node, Policy, RequestNodes, StartWorkers, State
+from ray_dr.model.signal import node_of
 
 LOST_KEPT = 16
 """Ended workers remembered per node; more than can be on their way to the supervisor at any time."""
@@ -73,10 +75,24 @@ def ready_workers(state: State) -> tuple[str, ...]:
 
 
 def ranked(state: State) -> tuple[str, ...]:
-    """All workers that are up, in the rank order of a next group: survivors of the last one first, as they stood."""
-    ready = dict.fromkeys(ready_workers(state))
-    survivors = dict.fromkeys(worker for worker in state.order if worker in ready)
-    return (*survivors, *(worker for worker in ready if worker not in survivors))
+    """All workers that are up, in the rank order of a next group that is as large as the last one, or larger: survivors keep
+    their ranks, so that each finds in its own memory what it staged there; newcomers take the places of the dead, on their
+    own node first, and further ranks at the end. A smaller group holds other shards anyway: survivors as they stood, then
+    newcomers. A node's ranks need not be neighbours."""
+    ready, before = dict.fromkeys(ready_workers(state)), dict.fromkeys(state.order)
+    new = dict.fromkeys(worker for worker in ready if worker not in before)
+    if len(ready) < len(before):
+        return (*(worker for worker in before if worker in ready), *new)
+    at_home: dict[str, deque[str]] = {}
+    for worker in new:
+        at_home.setdefault(node_of(worker), deque()).append(worker)
+    places = [worker if worker in ready else "" for worker in before]
+    for place, worker in enumerate(before):
+        if not places[place] and (fitting := at_home.get(node_of(worker))):
+            places[place] = fitting.popleft()
+            del new[places[place]]
+    left = iter(new)
+    return (*(worker or next(left) for worker in places), *left)
 
 
 def usable_nodes(state: State) -> int:

@@ -68,6 +68,9 @@ def _check_groups(before: State, decision: Decision, policy: Policy) -> None:
         members = frozenset(group.members)
         nodes = [node for node in decision.state.nodes if not members.isdisjoint(node.ready)]
         assert policy.min_nodes_to_run <= len(nodes) <= policy.nodes_max, "I13: between the limits"
+        for place, worker in enumerate(before.order):
+            moved = len(group.members) < len(before.order) or worker not in group.members
+            assert moved or group.members[place] == worker, "a survivor keeps its rank while there are ranks enough"
         assert not _still_inside(before) - _left(decision, before), "I8: nobody is in two groups"
     for action in decision.actions:
         if isinstance(action, AbortGroup | StopGroup):

@@ -89,12 +89,12 @@ def test_asks_for_nodes_once_per_shortage(running: State) -> None:
     assert RequestNodes(2) not in second.actions
 
 
-def test_survivors_keep_their_order_and_newcomers_follow(running: State) -> None:
+def test_survivors_keep_their_ranks_and_newcomers_take_those_of_the_dead_on_their_own_node_first(running: State) -> None:
     three = replace(POLICY, nodes_max=3)
     state = after(NodeLost(120, "a", "silent", 9), NodeJoined(121, "c", ("c/0.1",)), state=running, policy=three)
     state = after(NodeJoined(121, "a", ("a/0.2",)), WorkerStopped(122, B, 1, 9), state=state, policy=three)
     decision = step(state, InventoryTaken(122, 1, VersionId(1, 9), 2), three)
-    assert decision.actions == (FormGroup(Group(2, (B, "c/0.1", "a/0.2"), VersionId(1, 9))),)
+    assert decision.actions == (FormGroup(Group(2, ("a/0.2", B, "c/0.1"), VersionId(1, 9))),)
 
 
 def test_does_not_form_a_group_before_every_survivor_has_left(running: State) -> None:
