@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -21,12 +21,14 @@ CALLS_AT_ONCE = 8
 
 @dataclass(frozen=True, slots=True)
 class RayNode:
-    """A living node as Ray sees it; resources in Ray's units."""
+    """A living node as Ray sees it; resources in Ray's units, `host` its machine's name."""
 
     id: str
     address: str
     cpus: float
     gpus: float
+    host: str = ""
+    labels: Mapping[str, str] = field(default_factory=dict)
 
 
 def supervisor_name(job: str) -> str:
@@ -37,10 +39,13 @@ def supervisor_name(job: str) -> str:
 def nodes() -> tuple[RayNode, ...]:
     """Every node Ray holds alive."""
     return tuple(
-        RayNode(n["NodeID"], n["NodeManagerAddress"], n["Resources"].get("CPU", 0.0), n["Resources"].get("GPU", 0.0))
+        RayNode(
+            n["NodeID"], n["NodeManagerAddress"], n["Resources"].get("CPU", 0.0), n["Resources"].get("GPU", 0.0),
+            n["NodeManagerHostname"], n["Labels"],
+        )
         for n in ray.nodes()
         if n["Alive"]
-    )
+    )  # fmt: skip
 
 
 def fits(node: RayNode, workers: Workers) -> bool:

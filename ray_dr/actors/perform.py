@@ -224,21 +224,21 @@ class Performer:
         """Ask for the minimum first and then for one node more than there are: the autoscaler launches nothing at all for a
         request that is larger than its cluster may become."""
         alive = sum(cluster.fits(node, self._job.workers) for node in cluster.nodes())
-        count = min(self._target, max(self._job.workers.nodes_min, alive + 1))
+        count = min(self._target + self._host.machines.left_out, max(self._job.workers.nodes_min, alive + 1))
         if self._target and count != self._asked:
             cluster.request_nodes(count, self._job.workers)
             self._asked = count
 
     def _wanted_nodes(self) -> Iterable[str]:
         """Living nodes without an agent, as many as the job still wants. An agent that does not come up (a node that Ray
-        does not yet know to be dead) gives its place away after AGENT_START_S, at once when the node was lost before."""
+        does not yet know to be dead) gives its place away after AGENT_START_S, at once when the node was lost before. Bad
+        machines are left out; one that was just lost is taken only while no other fits."""
         now = time.monotonic()
         pending = sum(now - since < AGENT_START_S for since in self._coming.values())
         room = self._host.policy.nodes_max - len(self._agents) - pending
-        free = [
-            node.id for node in cluster.nodes()
-            if cluster.fits(node, self._job.workers) and node.id not in self._agents and node.id not in self._coming
-        ]  # fmt: skip
+        alive = cluster.nodes()
+        usable = self._host.machines.usable(alive, [node for node in alive if cluster.fits(node, self._job.workers)])
+        free = [node for node in usable if node not in self._agents and node not in self._coming]
         return free[: max(0, room)]
 
     def _start_agent(self, node: str) -> None:
@@ -273,6 +273,7 @@ class Performer:
 
     def _node_lost(self, node: str, how: str) -> None:
         agent = self._agents.pop(node, None)
+        self._host.machines.lost(node)
         self._host.lost(node, how)
         if agent is not None:
             self._pool.submit(self._bury, node, agent)
@@ -284,6 +285,7 @@ class Performer:
             self._drop_worker(worker)
 
     def _drop_node(self, node: str) -> None:
+        self._host.machines.lost(node)
         agent = self._agents.pop(node, None)
         if agent is not None:
             agent.watch.close()

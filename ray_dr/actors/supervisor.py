@@ -23,6 +23,7 @@ import ray
 
 from ray_dr.actors import cluster
 from ray_dr.actors.forming import disk_place
+from ray_dr.actors.machines import Machines
 from ray_dr.actors.perform import Performer
 from ray_dr.actors.progress import Progress
 from ray_dr.actors.sensing import Senses
@@ -79,6 +80,7 @@ PACE_S = 0.5
 MAILBOX_MAX = 200_000
 SIZES_KEPT = SKIPPED_KEPT = 16
 SECOND_OPEN_S, SECOND_RETRY_S = 10.0, 30.0
+MACHINES_S = 2.0
 LINGER_S = 20.0
 """After the end the supervisor stays this long for those who wait for the outcome."""
 
@@ -124,6 +126,7 @@ class Host:
         self.store, self.term = first.store, first.term
         self.disk = disk_place(job.name, job.disk.url, first.log.life()) if job.disk else ()
         self.journal = Journal(self.store, job.name, self.term, clock=time.time)
+        self.machines = Machines(self)
         self.perform = Performer(self, train, token)
         self._tuning = Tuning(self)
         self._senses = Senses(self)
@@ -234,6 +237,7 @@ class Host:
             self._senses.broken(decision.state.attempt)
         self.state = decision.state
         self.perform.know(decision.state)
+        self.machines.decided(decision.state)
         for action in decision.actions:
             if isinstance(action, CloseJob):
                 self.outcome = self.state.phase if isinstance(self.state.phase, Finished | Failed) else None
@@ -310,6 +314,7 @@ class Host:
 
     def _close(self) -> None:
         self.perform.close()
+        self.machines.close(MACHINES_S)
         self.journal.close()
         self._live.close()
         self._over.set()

@@ -32,6 +32,7 @@ VERBS = {
     "data": "What a job's journal proves about its data.",
     "keys": "Change the key that opens an encrypted store, without touching its data.",
     "store": "Whether a store keeps what the commits and the data rest on, and how fast it is.",
+    "nodes": "Machines that jobs of a store had trouble with: scores, who is left out, and why.",
     "demo": "Lose a node in the middle of a step, on this machine, and compare with a run that did not.",
 }
 

@@ -125,7 +125,8 @@ def score(entries: Iterable[Entry], fleet: Collection[str], now: float) -> tuple
 def quarantine(scores: Sequence[Score], present: Collection[str], need: int) -> Quarantine:
     """Who is left out of those present, the worst first: at most SHARE_MOST of them or one, and `need` stay in any case."""
     here = set(present)
-    condemned = sorted((one for one in scores if one.until and one.machine in here), key=lambda one: (-one.points, one.machine))
+    condemned = [one for one in scores if one.until and one.machine in here]
+    condemned.sort(key=lambda one: (-one.points, one.machine))
     most = max(0, min(max(1, int(SHARE_MOST * len(here))), len(here) - need))
     return Quarantine(tuple(condemned[:most]), tuple(condemned[most:]))
 

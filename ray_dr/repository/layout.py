@@ -1,4 +1,4 @@
-"""Where everything lies in a store. No other module writes a key by hand, but for the three that are named here.
+"""Where everything lies in a store. No other module writes a key by hand, but for the four that are named here.
 
     jobs/<job>/log/<seq>.json                            the commit log, numbered from 1 without a gap
     jobs/<job>/log/<seq>.mark                            empty: says that the log has this number
@@ -6,6 +6,7 @@
     jobs/<job>/chunks/<save>/<id>                        bytes, named by their BLAKE3 hash and the save that put them
     jobs/<job>/journal/<term>-<segment>.jsonl            journal segments, written by `telemetry.journal`
     jobs/<job>/live.json                                 what goes on now, overwritten by `telemetry.live`
+    nodes/<machine>/<milliseconds>-<digest>.json         what is held against machines, by `telemetry.nodes`
     keys/<data key>-<wrapper>.json                       of an encrypted store only, written by `stores.keys`
 
 <save> is <attempt>-<step>-<term>. A later save of the job, or of another one (see `sharing`), may reuse its chunks; when
