@@ -60,6 +60,12 @@ def test_a_cool_off_ends_and_the_next_incident_begins_a_longer_one() -> None:
     assert again.until - (NOW + 2 * DAY_S) > of("a", *first).until - NOW
 
 
+def test_a_small_incident_does_not_end_a_cool_off() -> None:
+    broken, later = charge("a", NOW, FaultKind.GPU_FAULT), NOW + 0.9 * DAY_S
+    small = charge("a", later, FaultKind.EXCEPTION)
+    assert of("a", broken, small, now=later).until == of("a", broken, now=later).until == NOW + COOL_OFF_S
+
+
 def test_a_bad_week_of_the_whole_fleet_condemns_nobody() -> None:
     everybody = [entry for name in FLEET for entry in losses(name, 3)]
     assert {one.standing for one in score(everybody, FLEET, NOW)} == {"suspect"}
