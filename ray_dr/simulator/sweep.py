@@ -16,6 +16,7 @@ from ray_dr.simulator.detection import PATIENCE_S
 from ray_dr.simulator.faults import Faults
 from ray_dr.simulator.promises import expect_well
 from ray_dr.simulator.swarm import Swarm, draw
+from ray_dr.simulator.training import Doing
 from ray_dr.simulator.world import FROM_STORE_S, KEPT_EVENTS, RESUBMIT_S, World
 
 LIVES_LEFT = 3
@@ -96,5 +97,7 @@ def _expect_well(world: World) -> None:
 
 
 def _runs(world: World) -> bool:
-    supervisor = world.supervisor
-    return supervisor is not None and isinstance(supervisor.state.phase, Running)
+    """Whether it is said to run, and does: its last step may be done, and nobody have said so yet."""
+    supervisor, run = world.supervisor, world.run
+    said = supervisor is not None and isinstance(supervisor.state.phase, Running)
+    return said and run is not None and run.doing is Doing.GOING
