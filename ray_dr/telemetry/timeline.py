@@ -248,7 +248,7 @@ def _report(records: Sequence[Record], start: int) -> IncidentReport:
         if isinstance(record, Restored) and record.attempt == attempt:
             sources.update(record.sources)
     return IncidentReport(
-        incident=incident,
+        incident=_cause(after, decided.term, incident),
         term=decided.term,
         attempt=attempt,
         restored=base,
@@ -258,6 +258,12 @@ def _report(records: Sequence[Record], start: int) -> IncidentReport:
         reason=decided.reason,
         expectation=formed[0].reason if formed else "",
     )
+
+
+def _cause(after: Iterable[Record], term: int, incident: Incident) -> Incident:
+    """The incident as it was last known: what it began with may have been a mere symptom."""
+    known = (_incident_of(record) for record in after if isinstance(record, Decided) and record.term == term)
+    return next((other for other in reversed([*known]) if other is not None and other.number == incident.number), incident)
 
 
 def _broken_attempt(before: Sequence[Record]) -> int:

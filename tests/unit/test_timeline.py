@@ -41,6 +41,7 @@ from ray_dr.model.recovery import (
     Running,
     Starting,
     State,
+    WorkerRaised,
     WorkerStopped,
 )
 from ray_dr.telemetry.lineage import steps as lineage
@@ -97,6 +98,16 @@ def journal() -> list[Record]:
         decided(107.6, 6, FirstStep(107.5, 2, 4), Running(SECOND)),
         *all_did(2, range(4, 8), 1, 103.5),
     ]  # fmt: skip
+
+
+def test_an_incident_is_told_by_its_cause_though_only_a_symptom_was_known_at_first() -> None:
+    records = journal()
+    at = next(i for i, record in enumerate(records) if isinstance(record, Decided) and isinstance(record.event, NodeLost))
+    symptom = replace(INCIDENT, kind=FailureKind.GROUP_BROKEN, subject="a/0.1", detail="connection reset")
+    raised = WorkerRaised(105.0, "a/0.1", 1, "connection reset", True, 5)
+    began = decided(105.0, 2, raised, replace(recovering("a/0.1"), incident=symptom))
+    (report,) = incidents([*records[:at], began, *records[at:]])
+    assert report.incident == INCIDENT
 
 
 def test_status_tells_where_the_job_stands() -> None:
