@@ -18,7 +18,7 @@ from typing import Literal
 
 import ray
 
-from benchmarks.scene import Scene, Unseen
+from benchmarks.scene import NotOver, Scene, Unseen
 from ray_dr.checkpoint.memory import MEMFD_NAME
 from ray_dr.model.journal import JobOpened, Restored, VersionSaved, Where
 from ray_dr.model.recovery import ActionFailed, Draining, FailureKind, NodeLost, Resizing, WorkerLost, WorkerRaised
@@ -134,7 +134,7 @@ def kill_supervisor(scene: Scene) -> None:
 
 def _lose_supervisor(scene: Scene, pid: int) -> None:
     scene.kill(pid)
-    scene.until(lambda: [r for r in scene.records() if isinstance(r, JobOpened) and r.term == 2], "the next supervisor")
+    scene.until(lambda: [r for r in scene.records() if isinstance(r, JobOpened) and r.term == 2], "a supervisor", NotOver)
     scene.until_step(5)
 
 
@@ -156,7 +156,7 @@ def kill_supervisors_node(scene: Scene) -> None:
     if home not in now["nodes"]:
         raise Unseen("Ray did not put the supervisor on a node of the job")
     scene.kill_node(home)
-    scene.until(lambda: [r for r in scene.records() if isinstance(r, JobOpened) and r.term == 2], "the next supervisor")
+    scene.until(lambda: [r for r in scene.records() if isinstance(r, JobOpened) and r.term == 2], "a supervisor", NotOver)
     scene.until_recovered()
 
 
@@ -234,7 +234,7 @@ def _until_stored(scene: Scene) -> None:
     """A version is committed that was saved after the fault."""
     step = scene.running.snapshot()["step"]
     scene.until(lambda: [r for r in scene.records() if isinstance(r, VersionSaved) and r.where is Where.STORE
-                         and r.version.step >= step], "a commit after the fault")  # fmt: skip
+                         and r.version.step >= step], "a commit after the fault", NotOver)  # fmt: skip
 
 
 def lose_store(scene: Scene) -> None:
@@ -489,7 +489,8 @@ KINDS = (
     Kind("store-gone", "the store's directory is away for some seconds", "upload", lose_store),
     Kind("store-damaged", "a bit of each chunk of the newest version, while nobody runs", "between runs", damage_store,
          _kinds(RAISED)),
-    Kind("memory-damaged", "a bit of each page one agent holds, then the other node's worker is killed", IN_RESTORE, damage_memory, _kinds(LOST)),
+    Kind("memory-damaged", "a bit of each page one agent holds, then the other node's worker is killed", IN_RESTORE,
+         damage_memory, _kinds(LOST)),
     Kind("killed-staging", "SIGKILL of itself", IN_SAVE, fail, _kinds(LOST), settings=_planned("save", "kill"), quick=True),
     Kind("killed-committing", "SIGKILL to the supervisor", "commit", kill_committing, s3=True),
     Kind("killed-restoring", "a worker is killed, and the one that restores", IN_RESTORE, kill_restoring, _kinds(LOST),

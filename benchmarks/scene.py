@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, NodeLabelSchedulingStrategy, NotIn
+from ray.util.scheduling_strategies import In, NodeLabelSchedulingStrategy, NotIn
 
 from benchmarks.campaign_program import train
 from benchmarks.kills import PYTHONPATH
@@ -43,6 +43,10 @@ class Unseen(Exception):
     """The fault was not seen to take effect: whatever came of the job says nothing."""
 
 
+class NotOver(Exception):
+    """The job did not get over what it met."""
+
+
 @dataclass
 class Scene:
     """`running` is the job; `struck_at` the time of the first fault, UTC seconds."""
@@ -64,9 +68,8 @@ class Scene:
 
     def start(self, *, off_head: bool = False) -> None:
         """Submit the job, or follow it again. Its supervisor is on the head; `off_head`: always on another node."""
-        head = self.cluster.head_id
-        on_head = NodeAffinitySchedulingStrategy(head, soft=True)
-        where = NodeLabelSchedulingStrategy({"ray.io/node-id": NotIn(head)}) if off_head else on_head
+        head = self.cluster.head_id  # by label: of an affinity that is soft Ray takes no notice for an actor without resources
+        where = NodeLabelSchedulingStrategy({"ray.io/node-id": NotIn(head) if off_head else In(head)})
         self.running = jobs.start(train, self.spec, where=where)
 
     def start_by_driver(self) -> subprocess.Popen[bytes]:
@@ -89,12 +92,12 @@ class Scene:
             self._read.extend(self._reader.more())
         return self._read
 
-    def until(self, holds: Callable[[], Any], what: str) -> Any:
-        """The first true answer. Raises Unseen when there is none in time."""
+    def until(self, holds: Callable[[], Any], what: str, otherwise: type[Exception] = Unseen) -> Any:
+        """The first true answer. Raises `otherwise` when there is none in time."""
         deadline = time.monotonic() + WAIT_S
         while not (answer := holds()):
             if time.monotonic() > deadline:
-                raise Unseen(f"waited {WAIT_S:g} s for {what}")
+                raise otherwise(f"waited {WAIT_S:g} s for {what}")
             time.sleep(POLL_S)
         return answer
 
@@ -104,7 +107,7 @@ class Scene:
 
     def until_event(self, kind: type | tuple[type, ...], count: int = 1) -> None:
         """The supervisor has decided on so many events of a kind since the fault."""
-        self.until(lambda: len(self.events(kind)) >= count, f"{count} of {kind}")
+        self.until(lambda: len(self.events(kind)) >= count, f"{count} of {kind}", NotOver)
 
     def until_recovered(self, after: int | None = None) -> int:
         """A group newer than attempt `after` (the one at the fault) has done its first step; which attempt that is."""
@@ -114,7 +117,7 @@ class Scene:
             begun = [e.attempt for e in self.events(FirstStep) if e.attempt > broken]
             return begun[0] if begun else 0
 
-        attempt: int = self.until(found, f"a first step after attempt {broken}")
+        attempt: int = self.until(found, f"a first step after attempt {broken}", NotOver)
         return attempt
 
     def until_formed(self, after: int) -> None:
