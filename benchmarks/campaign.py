@@ -274,7 +274,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with campaign(asked.seed) as one:
         for kind in kinds:
             results.append(one.run(kind))
-            say(f"{kind.name}: {results[-1].verdict} {results[-1].why} ({results[-1].proof}; {results[-1].took_s:.1f} s)")
+            say(f"{' | '.join(row(kind, results[-1]))} | {results[-1].proof} | {results[-1].took_s:.1f} s")
     print(table(HEAD, [row(kind, result) for kind, result in zip(kinds, results, strict=True)]))
     found = summary(results)
     if asked.json:
