@@ -34,7 +34,7 @@ class NoCluster:
         pass
 
     def find_living(self) -> Found:
-        return Found((), (), None, 0)
+        return Found((), 0, None, 0)
 
     def __getattr__(self, name: str) -> Any:
         return lambda *_, **__: None
