@@ -446,7 +446,7 @@ def _measure(names: list[str], size: int, rounds: int, endpoint: str, folder: st
                 failures[name] = said(error)
         failures |= compete(ways, setting, rounds)
         return {"took": {name: ways[name].took for name in ways if name not in failures}, "failures": failures,
-                "ahead": setting.ahead}  # fmt: skip
+                "ahead": dict(setting.ahead)}  # fmt: skip
 
 
 Took = dict[str, dict[str, list[float]]]
