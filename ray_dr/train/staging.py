@@ -76,34 +76,46 @@ class Copy:
     """
 
     def __init__(self, pieces: Iterable[Piece], slot: memoryview, marks: Marks | None = None) -> None:
-        self._marks, self._there = marks, dict[int, bytes]()
+        self._slot, self._marks, self._there = slot, marks, dict[int, bytes]()
+        self._device: dict[torch.device, list[tuple[memoryview, torch.Tensor]]] = {}
+        self._host: list[Piece] = []
+        self._prepared = False
+        for piece in pieces:
+            if piece.tensor.is_cuda:
+                target = slot[piece.at : piece.at + piece.size]
+                self._device.setdefault(piece.tensor.device, []).append((target, piece.tensor))
+            else:
+                self._host.append(piece)
+        for device in self._device:
+            _side_stream(device).wait_stream(torch.cuda.current_stream(device))
+
+    def _prepare(self) -> None:
+        """Once, and only when it is to run: training need not wait for this either."""
         self._runs: list[tuple[int, memoryview, memoryview]] = []
         self._other: list[tuple[memoryview, torch.Tensor]] = []
-        self._device: dict[torch.device, list[tuple[memoryview, torch.Tensor]]] = {}
         spans: dict[torch.dtype, list[tuple[int, int]]] = {torch.int64: [], torch.uint8: []}
         sources: dict[torch.dtype, list[torch.Tensor]] = {torch.int64: [], torch.uint8: []}
-        for piece in pieces:
+        for piece in self._host:
             end = piece.at + piece.size
-            if piece.tensor.is_cuda:
-                self._device.setdefault(piece.tensor.device, []).append((slot[piece.at : end], piece.tensor))
-            elif (source := _in_one_thread(piece)) is not None:
+            if (source := _in_one_thread(piece)) is not None:
                 spans[source.dtype].append((piece.at, end))
                 sources[source.dtype].append(source)
             elif in_one_run(piece.tensor):
-                self._runs += _runs(piece, slot)
+                self._runs += _runs(piece, self._slot)
             else:
-                self._other.append((slot[piece.at : end], piece.tensor))
+                self._other.append((self._slot[piece.at : end], piece.tensor))
         self._small = (
-            [target for dtype, wanted in spans.items() for target in _cut_out(slot, dtype, wanted)],
+            [target for dtype, wanted in spans.items() for target in _cut_out(self._slot, dtype, wanted)],
             [source for found in sources.values() for source in found],
         )
         for target, source in zip(*self._small, strict=True):
             assert target.numel() == source.numel(), "else torch would fill it up, or copy nothing"
-        for device in self._device:
-            _side_stream(device).wait_stream(torch.cuda.current_stream(device))
+        self._prepared = True
 
     def run(self) -> None:
         """Copy; returns when the bytes are there."""
+        if not self._prepared:
+            self._prepare()
         arrived = [_copy_from_device(device, pairs) for device, pairs in self._device.items()]
         if self._small[0]:
             with torch.no_grad():
