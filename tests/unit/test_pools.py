@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-import uuid
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from ray_dr.actors.node_agent import Agent
 from ray_dr.checkpoint.memory import Pool
 from ray_dr.model.attempt import Assignment, Cadence, Origin
 from ray_dr.model.checkpoint import Part
-from ray_dr.stores import memory
 from ray_dr.stores.memory import MemoryStore
 from ray_dr.stores.peer import PeerReader, Place
 from ray_dr.train import pools
@@ -46,27 +44,6 @@ def since(before: Counter[tuple[str, int]]) -> list[int]:
 def assignment(agent: str, origin: Origin | None, *, rank: int = 0, world: int = 1, second_url: str = "") -> Assignment:
     return Assignment(JOB, 7, "w0", rank, world, 0, "", agent, (), origin, Cadence(0, 1, 0), "gloo", False, 0, 1, "",
                       second_url=second_url)  # fmt: skip
-
-
-@pytest.fixture
-def url() -> Iterator[str]:
-    name = uuid.uuid4().hex
-    yield f"memory://{name}"
-    memory.forget(name)
-
-
-@pytest.fixture
-def agent(url: str) -> Iterator[Agent]:
-    made = Agent("node-a", "127.0.0.1", url, TOKEN)
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def link(agent: Agent) -> Iterator[Link]:
-    made = Link(agent.address, TOKEN, "w0", 1)
-    yield made
-    made.close()
 
 
 def held_by(agent: Agent, parts: int = 1) -> Origin:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
-from collections.abc import Iterator
-
 import pytest
 
 from ray_dr.actors.node_agent import Agent
@@ -14,34 +11,12 @@ from ray_dr.errors import CheckpointError, CopiesAway, NoCheckpoint, StoreUnavai
 from ray_dr.model.attempt import Origin
 from ray_dr.model.checkpoint import Part, PartRef
 from ray_dr.repository.parts import write_part
-from ray_dr.stores import memory
 from ray_dr.stores.memory import MemoryStore
 from ray_dr.stores.open import open_store
 from ray_dr.train.link import Link
 from ray_dr.train.restore import restore
 from tests.unit.laid_out import JOB, TOKEN, VERSION, network, put, saved_network, stage_own
 from tests.unit.test_pools import assignment
-
-
-@pytest.fixture
-def url() -> Iterator[str]:
-    name = uuid.uuid4().hex
-    yield f"memory://{name}"
-    memory.forget(name)
-
-
-@pytest.fixture
-def agent(url: str) -> Iterator[Agent]:
-    made = Agent("node-a", "127.0.0.1", url, TOKEN)
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def link(agent: Agent) -> Iterator[Link]:
-    made = Link(agent.address, TOKEN, "w0", 1)
-    yield made
-    made.close()
 
 
 class Away(MemoryStore):
