@@ -31,9 +31,9 @@ from ray_dr.actors.leaks import find_leaks
 from ray_dr.actors.local_cluster import LocalCluster
 from ray_dr.cli.main import DO_NOT_RESUBMIT, exit_status
 from ray_dr.errors import JobFailed
+from ray_dr.model.events import Hung, NodeLost, WorkerLost, WorkerRaised
 from ray_dr.model.job import Every, Job, Recovery, StoreTier, Workers
 from ray_dr.model.journal import Decided, JobOpened, Noted, Record
-from ray_dr.model.recovery import Hung, NodeLost, WorkerLost, WorkerRaised
 from ray_dr.telemetry.timeline import IncidentReport, incidents, verify_data
 from tests.ray import jobs
 from tests.s3_server import S3Server

@@ -20,8 +20,9 @@ import ray
 
 from benchmarks.scene import NotOver, Scene, Unseen
 from ray_dr.checkpoint.memory import MEMFD_NAME
+from ray_dr.model.events import ActionFailed, NodeLost, WorkerLost, WorkerRaised
 from ray_dr.model.journal import JobOpened, Restored, VersionSaved, Where
-from ray_dr.model.recovery import ActionFailed, Draining, FailureKind, NodeLost, Resizing, WorkerLost, WorkerRaised
+from ray_dr.model.recovery import Draining, FailureKind, Resizing
 from ray_dr.repository.commit import CommitLog
 from ray_dr.stores.open import open_store
 

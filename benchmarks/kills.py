@@ -20,9 +20,11 @@ from benchmarks.figures import say
 from ray_dr.actors import cluster as names
 from ray_dr.actors.launch import submit
 from ray_dr.actors.local_cluster import LocalCluster
+from ray_dr.model.actions import FormGroup
+from ray_dr.model.events import NodeLost, WorkerLost, WorkerRaised, WorkerStopped
 from ray_dr.model.job import Job, StoreTier, Workers
 from ray_dr.model.journal import Decided, Marked, PartSaved, Record, Restored, Stepped, Where
-from ray_dr.model.recovery import FormGroup, Group, NodeLost, Running, WorkerLost, WorkerRaised, WorkerStopped
+from ray_dr.model.recovery import Group, Running
 from ray_dr.stores.open import open_store
 from ray_dr.telemetry.journal import Reader
 

@@ -25,9 +25,10 @@ from ray_dr.actors import launch
 from ray_dr.actors.local_cluster import LocalCluster
 from ray_dr.errors import StoreError
 from ray_dr.model import codec
+from ray_dr.model.actions import FormGroup
+from ray_dr.model.events import FirstStep
 from ray_dr.model.job import Job
 from ray_dr.model.journal import Decided, Noted, Record
-from ray_dr.model.recovery import FirstStep, FormGroup
 from ray_dr.stores.open import open_store
 from ray_dr.telemetry.journal import Reader
 from tests.ray import jobs

@@ -15,8 +15,9 @@ from ray_dr.errors import ClusterError
 from ray_dr.model import codec
 from ray_dr.model.attempt import Assignment, Origin
 from ray_dr.model.checkpoint import Held, VersionId
+from ray_dr.model.events import InventoryTaken
 from ray_dr.model.journal import Marked, Where
-from ray_dr.model.recovery import Group, InventoryTaken
+from ray_dr.model.recovery import Group
 from ray_dr.recovery.groups import group_of
 from ray_dr.recovery.plan import choose_version, copies
 from ray_dr.recovery.replicas import Domain, replicas

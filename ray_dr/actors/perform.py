@@ -15,31 +15,24 @@ from ray_dr.actors.forming import AgentRef, Forming, WorkerRef, domain_of
 from ray_dr.actors.watch import Watch
 from ray_dr.errors import CheckpointError, ClusterError, Fenced, StoreError
 from ray_dr.model import codec
-from ray_dr.model.attempt import Cadence
-from ray_dr.model.checkpoint import VersionId
-from ray_dr.model.journal import Where
-from ray_dr.model.recovery import (
+from ray_dr.model.actions import (
     AbortGroup,
     Action,
-    ActionFailed,
     CloseJob,
-    Event,
     FormGroup,
-    Group,
     KillWorker,
-    NodeJoined,
     ReleaseNode,
     RequestNodes,
-    Saved,
     SaveFinal,
     StartWorkers,
-    State,
     StopGroup,
     TakeInventory,
-    WorkerLost,
-    WorkerReady,
-    WorkerStopped,
 )
+from ray_dr.model.attempt import Cadence
+from ray_dr.model.checkpoint import VersionId
+from ray_dr.model.events import ActionFailed, Event, NodeJoined, Saved, WorkerLost, WorkerReady, WorkerStopped
+from ray_dr.model.journal import Where
+from ray_dr.model.recovery import Group, State
 from ray_dr.recovery.adoption import Living, living_group
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from ray_dr.detection.detectors import Detection
 from ray_dr.model import codec
 from ray_dr.model.checkpoint import StepRecord
-from ray_dr.model.recovery import Group, Hung, WorkerRaised
+from ray_dr.model.events import Hung, WorkerRaised
+from ray_dr.model.recovery import Group
 from ray_dr.model.signal import (
     Beacon,
     Closed,

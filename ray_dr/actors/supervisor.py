@@ -33,7 +33,21 @@ from ray_dr.checkpoint.depot import Depot
 from ray_dr.checkpoint.pace import Pace
 from ray_dr.errors import Fenced, StoreError
 from ray_dr.model import codec
+from ray_dr.model.actions import CloseJob, KillWorker, ReleaseNode
 from ray_dr.model.checkpoint import Manifest, PartRef, StepRecord, VersionId
+from ray_dr.model.events import (
+    Adopted,
+    Event,
+    FencedOff,
+    FirstStep,
+    NodeLost,
+    Opened,
+    Saved,
+    StopRequested,
+    Tick,
+    WorkerLost,
+    WorkerRaised,
+)
 from ray_dr.model.job import Job, StoreTier
 from ray_dr.model.journal import (
     DataOpened,
@@ -46,25 +60,7 @@ from ray_dr.model.journal import (
     VersionSaved,
     Where,
 )
-from ray_dr.model.recovery import (
-    Adopted,
-    CloseJob,
-    Event,
-    Failed,
-    FencedOff,
-    Finished,
-    FirstStep,
-    Group,
-    KillWorker,
-    NodeLost,
-    Opened,
-    ReleaseNode,
-    Saved,
-    StopRequested,
-    Tick,
-    WorkerLost,
-    WorkerRaised,
-)
+from ray_dr.model.recovery import Failed, Finished, Group
 from ray_dr.model.upload import Upload
 from ray_dr.recovery.groups import group_of
 from ray_dr.recovery.machine import initial, step

@@ -13,20 +13,10 @@ import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 
+from ray_dr.model.actions import FormGroup
+from ray_dr.model.events import Adopted, FirstStep, NodeLost
 from ray_dr.model.journal import Decided, JobOpened, Noted, Record, Restored, Where
-from ray_dr.model.recovery import (
-    Adopted,
-    FailureKind,
-    Finished,
-    FirstStep,
-    FormGroup,
-    Incident,
-    NodeLost,
-    Queued,
-    Recovering,
-    State,
-    Suspended,
-)
+from ray_dr.model.recovery import FailureKind, Finished, Incident, Queued, Recovering, State, Suspended
 
 DAY_S = 86_400.0
 COUNTED = "losses.counted"

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from ray_dr.cli.compare import Comparison
 from ray_dr.cli.timeline import moments
 from ray_dr.model.checkpoint import StepRecord
+from ray_dr.model.events import NodeJoined
 from ray_dr.model.journal import Decided, JobOpened, PartSaved, Record, Stepped
-from ray_dr.model.recovery import NodeJoined
 from ray_dr.telemetry.lineage import DataReport
 from ray_dr.telemetry.timeline import IncidentReport, incidents, loss_curve, status, verify_data
 

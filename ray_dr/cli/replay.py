@@ -8,10 +8,12 @@ from ray_dr.cli.main import FAILED
 from ray_dr.cli.stored import find_job, job_argument
 from ray_dr.cli.words import print_json
 from ray_dr.errors import StoreError
+from ray_dr.model.actions import Decision
 from ray_dr.model.codec import from_json
+from ray_dr.model.events import Event
 from ray_dr.model.job import Job
 from ray_dr.model.journal import Decided, JobOpened
-from ray_dr.model.recovery import Decision, Event, Policy, State
+from ray_dr.model.recovery import Policy, State
 from ray_dr.recovery.machine import initial, step
 from ray_dr.recovery.policy import policy_of
 from ray_dr.telemetry.timeline import replay as fold

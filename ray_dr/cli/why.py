@@ -16,13 +16,10 @@ from ray_dr.cli.words import duration, print_json, short
 from ray_dr.detection.classify import Diagnosis
 from ray_dr.detection.taxonomy import FAULTS
 from ray_dr.errors import ConfigError, JobFailed
-from ray_dr.model.codec import to_json
-from ray_dr.model.recovery import (
+from ray_dr.model.actions import (
     AbortGroup,
     Action,
     CloseJob,
-    Failed,
-    FailureKind,
     FormGroup,
     KillWorker,
     ReleaseNode,
@@ -32,6 +29,8 @@ from ray_dr.model.recovery import (
     StopGroup,
     TakeInventory,
 )
+from ray_dr.model.codec import to_json
+from ray_dr.model.recovery import Failed, FailureKind
 from ray_dr.model.signal import FaultKind, Subject
 from ray_dr.recovery.why import Account, Ended, Going, Story, Waiting, tell
 from ray_dr.recovery.words import count

@@ -8,8 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from ray_dr.model.actions import Action
 from ray_dr.model.checkpoint import StepRecord, VersionId
-from ray_dr.model.recovery import Action, Event, State
+from ray_dr.model.events import Event
+from ray_dr.model.recovery import State
 
 
 class Where(StrEnum):

@@ -5,32 +5,23 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import replace
 
+from ray_dr.model.actions import Action, CloseJob, Decision, KillWorker, ReleaseNode
+from ray_dr.model.events import ActionFailed, Hung, NodeJoined, NodeLost, WorkerLost, WorkerReady
 from ray_dr.model.recovery import (
-    Action,
-    ActionFailed,
-    CloseJob,
-    Decision,
     Draining,
     Failed,
     FailureKind,
     Finishing,
-    Hung,
     Incident,
-    KillWorker,
     Node,
-    NodeJoined,
-    NodeLost,
     Policy,
     Queued,
     Recovering,
-    ReleaseNode,
     Resizing,
     Running,
     Starting,
     State,
     Suspended,
-    WorkerLost,
-    WorkerReady,
 )
 from ray_dr.recovery import draining, incidents
 from ray_dr.recovery.fleet import add, drop, end_worker, find, given_up, put, request_missing, start_missing

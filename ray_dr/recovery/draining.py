@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from ray_dr.model.actions import AbortGroup, Action, CloseJob, Decision, SaveFinal, StopGroup
 from ray_dr.model.checkpoint import VersionId
+from ray_dr.model.events import StopRequested
 from ray_dr.model.recovery import (
-    AbortGroup,
-    Action,
-    CloseJob,
-    Decision,
     Draining,
     Finished,
     Finishing,
@@ -20,11 +18,8 @@ from ray_dr.model.recovery import (
     Recovering,
     Resizing,
     Running,
-    SaveFinal,
     Starting,
     State,
-    StopGroup,
-    StopRequested,
     Suspended,
 )
 from ray_dr.recovery.fleet import ready_workers

@@ -9,38 +9,40 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from ray_dr.model.actions import Decision
 from ray_dr.model.checkpoint import VersionId
-from ray_dr.model.recovery import (
+from ray_dr.model.events import (
     ActionFailed,
-    Decision,
-    Draining,
     Event,
-    Failed,
     FencedOff,
-    Finished,
-    Finishing,
     FirstStep,
     Hung,
     InventoryTaken,
     NodeJoined,
     NodeLost,
     Opened,
-    Policy,
-    Queued,
-    Recovering,
-    Resizing,
-    Running,
     Saved,
-    Starting,
-    State,
     StopRequested,
-    Suspended,
     Tick,
     WorkerLost,
     WorkerRaised,
     WorkerReady,
     WorkerReturned,
     WorkerStopped,
+)
+from ray_dr.model.recovery import (
+    Draining,
+    Failed,
+    Finished,
+    Finishing,
+    Policy,
+    Queued,
+    Recovering,
+    Resizing,
+    Running,
+    Starting,
+    State,
+    Suspended,
 )
 from ray_dr.recovery.groups import group_of
 from ray_dr.recovery.machine import initial, step

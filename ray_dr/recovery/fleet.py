@@ -10,7 +10,8 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import replace
 
-from ray_dr.model.recovery import Action, Group, Node, Policy, RequestNodes, StartWorkers, State
+from ray_dr.model.actions import Action, RequestNodes, StartWorkers
+from ray_dr.model.recovery import Group, Node, Policy, State
 from ray_dr.model.signal import node_of
 
 LOST_KEPT = 16

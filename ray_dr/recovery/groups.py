@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
+from ray_dr.model.actions import Decision, FormGroup, TakeInventory
 from ray_dr.model.checkpoint import VersionId
 from ray_dr.model.recovery import (
-    Decision,
     Draining,
     Finishing,
-    FormGroup,
     Group,
     Policy,
     Queued,
@@ -20,7 +19,6 @@ from ray_dr.model.recovery import (
     Starting,
     State,
     Suspended,
-    TakeInventory,
 )
 from ray_dr.recovery.fleet import are_full, ranked, ready_workers, usable_nodes
 from ray_dr.recovery.words import count

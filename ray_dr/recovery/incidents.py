@@ -9,21 +9,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import replace
 
-from ray_dr.model.recovery import (
-    AbortGroup,
-    Action,
-    CloseJob,
-    Decision,
-    Failed,
-    FailureKind,
-    Group,
-    Incident,
-    Policy,
-    Recovering,
-    Resizing,
-    Starting,
-    State,
-)
+from ray_dr.model.actions import AbortGroup, Action, CloseJob, Decision
+from ray_dr.model.recovery import Failed, FailureKind, Group, Incident, Policy, Recovering, Resizing, Starting, State
 from ray_dr.recovery.fleet import ready_workers, request_missing, start_missing, usable_nodes
 from ray_dr.recovery.groups import take_inventory
 from ray_dr.recovery.words import also, count, describe

@@ -5,21 +5,9 @@ The numbers are those of the architecture's list of invariants.
 
 from __future__ import annotations
 
-from ray_dr.model.recovery import (
-    AbortGroup,
-    CloseJob,
-    Decision,
-    Event,
-    Failed,
-    Finished,
-    FormGroup,
-    Policy,
-    Recovering,
-    Resizing,
-    Starting,
-    State,
-    StopGroup,
-)
+from ray_dr.model.actions import AbortGroup, CloseJob, Decision, FormGroup, StopGroup
+from ray_dr.model.events import Event
+from ray_dr.model.recovery import Failed, Finished, Policy, Recovering, Resizing, Starting, State
 from ray_dr.recovery.fleet import ready_workers
 
 

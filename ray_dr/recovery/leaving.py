@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from ray_dr.model.actions import Decision, SaveFinal, StopGroup
 from ray_dr.model.checkpoint import VersionId
+from ray_dr.model.events import WorkerRaised, WorkerReturned, WorkerStopped
 from ray_dr.model.recovery import (
-    Decision,
     Draining,
     FailureKind,
     Finishing,
@@ -16,13 +17,8 @@ from ray_dr.model.recovery import (
     Recovering,
     Resizing,
     Running,
-    SaveFinal,
     Starting,
     State,
-    StopGroup,
-    WorkerRaised,
-    WorkerReturned,
-    WorkerStopped,
 )
 from ray_dr.recovery import draining, incidents
 from ray_dr.recovery.groups import form, group_of

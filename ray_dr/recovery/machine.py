@@ -25,43 +25,41 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import assert_never
 
+from ray_dr.model.actions import Action, CloseJob, Decision, KillWorker, StopGroup
 from ray_dr.model.checkpoint import VersionId
-from ray_dr.model.recovery import (
-    Action,
+from ray_dr.model.events import (
     ActionFailed,
     Adopted,
-    CloseJob,
-    Decision,
-    Draining,
     Event,
-    Failed,
     FencedOff,
-    Finished,
-    Finishing,
     FirstStep,
     Hung,
     InventoryTaken,
-    KillWorker,
     NodeJoined,
     NodeLost,
     Opened,
-    Policy,
-    Queued,
-    Recovering,
-    Resizing,
-    Running,
     Saved,
-    Starting,
-    State,
-    StopGroup,
     StopRequested,
-    Suspended,
     Tick,
     WorkerLost,
     WorkerRaised,
     WorkerReady,
     WorkerReturned,
     WorkerStopped,
+)
+from ray_dr.model.recovery import (
+    Draining,
+    Failed,
+    Finished,
+    Finishing,
+    Policy,
+    Queued,
+    Recovering,
+    Resizing,
+    Running,
+    Starting,
+    State,
+    Suspended,
 )
 from ray_dr.recovery import capacity, draining, incidents, leaving
 from ray_dr.recovery.fleet import idle_workers, request_missing, still_starting, usable_nodes

@@ -9,22 +9,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ray_dr.detection.classify import Diagnosis
+from ray_dr.model.actions import Action, FormGroup
 from ray_dr.model.codec import from_json
+from ray_dr.model.events import FirstStep
 from ray_dr.model.job import Job, Workers
 from ray_dr.model.journal import DataOpened, Decided, JobOpened, Record
-from ray_dr.model.recovery import (
-    Action,
-    Failed,
-    Finished,
-    FirstStep,
-    FormGroup,
-    Incident,
-    Phase,
-    Queued,
-    Recovering,
-    State,
-    Suspended,
-)
+from ray_dr.model.recovery import Failed, Finished, Incident, Phase, Queued, Recovering, State, Suspended
 from ray_dr.model.signal import Finding
 from ray_dr.recovery.fleet import usable_nodes
 from ray_dr.recovery.witnesses import KINDS, diagnose, of_event, short

@@ -14,8 +14,9 @@ from dataclasses import replace
 
 from ray_dr.detection.classify import LOST, SLACK_S, Diagnosis, classify
 from ray_dr.model.codec import from_json
+from ray_dr.model.events import Event, Hung, NodeLost, WorkerLost, WorkerRaised
 from ray_dr.model.journal import Decided, Noted, Record
-from ray_dr.model.recovery import Event, FailureKind, Hung, Incident, NodeLost, State, WorkerLost, WorkerRaised
+from ray_dr.model.recovery import FailureKind, Incident, State
 from ray_dr.model.signal import FaultKind, Finding, Subject, node_of
 
 SUPERVISOR = "supervisor"

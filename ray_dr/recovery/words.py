@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ray_dr.model.recovery import Decision, FailureKind, Incident, State
+from ray_dr.model.actions import Decision
+from ray_dr.model.recovery import FailureKind, Incident, State
 
 
 def ignored(state: State, why: str) -> Decision:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ray_dr.model.recovery import StopRequested
+from ray_dr.model.events import StopRequested
 from ray_dr.simulator.swarm import Fault
 from ray_dr.simulator.things import Node, Worker
 from ray_dr.simulator.world import World

@@ -7,16 +7,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ray_dr.model.actions import CloseJob, FormGroup
 from ray_dr.model.checkpoint import VersionId
-from ray_dr.model.recovery import (
+from ray_dr.model.events import (
     Adopted,
-    CloseJob,
     Event,
-    Failed,
-    Finished,
     FirstStep,
-    FormGroup,
-    Group,
     NodeJoined,
     NodeLost,
     Opened,
@@ -25,6 +21,7 @@ from ray_dr.model.recovery import (
     WorkerLost,
     WorkerReady,
 )
+from ray_dr.model.recovery import Failed, Finished, Group
 from ray_dr.recovery.adoption import Living, living_group
 from ray_dr.recovery.invariants import check
 from ray_dr.recovery.machine import initial, step

@@ -6,27 +6,22 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, assert_never
 
-from ray_dr.model.checkpoint import Held, VersionId
-from ray_dr.model.recovery import (
+from ray_dr.model.actions import (
     AbortGroup,
     Action,
-    ActionFailed,
     CloseJob,
     FormGroup,
-    Group,
-    InventoryTaken,
     KillWorker,
-    NodeJoined,
     ReleaseNode,
     RequestNodes,
-    Saved,
     SaveFinal,
     StartWorkers,
     StopGroup,
     TakeInventory,
-    WorkerLost,
-    WorkerReady,
 )
+from ray_dr.model.checkpoint import Held, VersionId
+from ray_dr.model.events import ActionFailed, InventoryTaken, NodeJoined, Saved, WorkerLost, WorkerReady
+from ray_dr.model.recovery import Group
 from ray_dr.recovery.groups import group_of
 from ray_dr.recovery.plan import choose_version
 from ray_dr.recovery.replicas import replicas

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ray_dr.model.recovery import Decision, Group, KillWorker
+from ray_dr.model.actions import Decision, KillWorker
+from ray_dr.model.recovery import Group
 from ray_dr.simulator.swarm import Swarm
 from ray_dr.simulator.training import Run
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ray_dr.model.checkpoint import VersionId
-from ray_dr.model.recovery import Event
+from ray_dr.model.events import Event
 
 if TYPE_CHECKING:
     from ray_dr.simulator.host import Supervisor

@@ -11,16 +11,10 @@ import random
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
+from ray_dr.model.actions import Decision
 from ray_dr.model.checkpoint import VersionId
-from ray_dr.model.recovery import (
-    Decision,
-    Event,
-    Failed,
-    Finished,
-    WorkerRaised,
-    WorkerReturned,
-    WorkerStopped,
-)
+from ray_dr.model.events import Event, WorkerRaised, WorkerReturned, WorkerStopped
+from ray_dr.model.recovery import Failed, Finished
 from ray_dr.recovery.groups import group_of
 from ray_dr.simulator.breach import must
 from ray_dr.simulator.bucket import Bucket

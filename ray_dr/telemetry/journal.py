@@ -22,8 +22,8 @@ from typing import Any
 
 from ray_dr.errors import AlreadyExists, NotFound, StoreError
 from ray_dr.model.codec import from_json, to_json
+from ray_dr.model.events import Opened
 from ray_dr.model.journal import Decided, JobOpened, Noted, PartSaved, Record, Stepped
-from ray_dr.model.recovery import Opened
 from ray_dr.stores.base import Store
 
 INTERVAL_S = 0.5

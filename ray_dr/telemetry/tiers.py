@@ -8,9 +8,10 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from itertools import groupby
 
+from ray_dr.model.actions import FormGroup
 from ray_dr.model.checkpoint import VersionId
+from ray_dr.model.events import NodeLost
 from ray_dr.model.journal import Decided, Noted, PartSaved, Record, Where
-from ray_dr.model.recovery import FormGroup, NodeLost
 
 KEPT = 8
 """Newest versions remembered for each place. Counted per place: memory moves on many steps while a store writes one."""

@@ -9,7 +9,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from ray_dr.model.actions import Decision, FormGroup
 from ray_dr.model.checkpoint import VersionId
+from ray_dr.model.events import Event, FirstStep, InventoryTaken
 from ray_dr.model.journal import (
     DataOpened,
     Decided,
@@ -23,19 +25,7 @@ from ray_dr.model.journal import (
     VersionSaved,
     Where,
 )
-from ray_dr.model.recovery import (
-    Decision,
-    Event,
-    Failed,
-    Finished,
-    FirstStep,
-    FormGroup,
-    Incident,
-    InventoryTaken,
-    Recovering,
-    State,
-    Suspended,
-)
+from ray_dr.model.recovery import Failed, Finished, Incident, Recovering, State, Suspended
 from ray_dr.telemetry.lineage import bases, loss_curve, steps, verify_data
 from ray_dr.telemetry.tiers import Row, fold
 

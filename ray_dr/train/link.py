@@ -18,8 +18,8 @@ from ray_dr.errors import ConfigError, StoreError
 from ray_dr.model import codec
 from ray_dr.model.attempt import Assignment
 from ray_dr.model.checkpoint import Part, StepRecord, VersionId
+from ray_dr.model.events import Event
 from ray_dr.model.journal import Record
-from ray_dr.model.recovery import Event
 from ray_dr.stores.wire import connect
 from ray_dr.train.beacon import Beacon
 from ray_dr.train.pools import Pools

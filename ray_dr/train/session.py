@@ -18,8 +18,8 @@ import torch
 from ray_dr.errors import CheckpointError, CopiesAway, IncompatibleState, RayDrError, UnsupportedState
 from ray_dr.model import codec
 from ray_dr.model.attempt import Assignment, Cadence
+from ray_dr.model.events import WorkerRaised, WorkerReturned, WorkerStopped
 from ray_dr.model.journal import Marked, Noted
-from ray_dr.model.recovery import WorkerRaised, WorkerReturned, WorkerStopped
 from ray_dr.model.signal import WorkerPhase
 from ray_dr.stores.open import open_store
 from ray_dr.train import collectives

@@ -8,8 +8,10 @@ from dataclasses import replace
 
 import pytest
 
+from ray_dr.model.actions import Action
 from ray_dr.model.codec import from_json, to_json
-from ray_dr.model.recovery import Action, Event, Failed, Finished, FirstStep, Policy, Running, State, Tick, WorkerRaised
+from ray_dr.model.events import Event, FirstStep, Tick, WorkerRaised
+from ray_dr.model.recovery import Failed, Finished, Policy, Running, State
 from ray_dr.recovery.diagram import until_running
 from ray_dr.recovery.explore import Explored, explore, fair_event, opened
 from ray_dr.recovery.invariants import check

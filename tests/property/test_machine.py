@@ -7,7 +7,8 @@ import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ray_dr.model.recovery import Event, Failed, Finished, Opened, Policy, Running, State
+from ray_dr.model.events import Event, Opened
+from ray_dr.model.recovery import Failed, Finished, Policy, Running, State
 from ray_dr.recovery.explore import alphabet, fair_event
 from ray_dr.recovery.invariants import check
 from ray_dr.recovery.machine import initial, step

@@ -9,8 +9,8 @@ import pytest
 
 from ray_dr.actors.leaks import find_leaks
 from ray_dr.actors.local_cluster import LocalCluster
+from ray_dr.model.events import Hung, NodeLost
 from ray_dr.model.journal import Decided, Noted
-from ray_dr.model.recovery import Hung, NodeLost
 from tests.ray import jobs
 from tests.ray.programs import replicated
 

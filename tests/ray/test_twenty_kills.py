@@ -8,8 +8,8 @@ import pytest
 
 from ray_dr.actors.leaks import find_leaks
 from ray_dr.actors.local_cluster import LocalCluster
+from ray_dr.model.actions import FormGroup
 from ray_dr.model.journal import Decided
-from ray_dr.model.recovery import FormGroup
 from tests.ray import jobs
 from tests.ray.programs import replicated
 

@@ -14,9 +14,11 @@ from typing import Any, get_type_hints
 
 import pytest
 
-from ray_dr.model import recovery
+from ray_dr.model import events
+from ray_dr.model.actions import Action
 from ray_dr.model.checkpoint import VersionId
-from ray_dr.model.recovery import Action, Event, Group, Policy, State
+from ray_dr.model.events import Event
+from ray_dr.model.recovery import Group, Policy, State
 from ray_dr.recovery.invariants import check
 from ray_dr.recovery.machine import initial, step
 
@@ -48,7 +50,7 @@ def play(text: str) -> str:
             out += [line, ""]
         elif line.startswith("> "):
             name, _, rest = line.removeprefix("> ").partition(" ")
-            event: Event = _read(getattr(recovery, name), rest)
+            event: Event = _read(getattr(events, name), rest)
             decision = step(state, event, policy)
             check(state, event, decision, policy)
             unchanged = decision.state is state

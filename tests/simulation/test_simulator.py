@@ -13,7 +13,9 @@ import pytest
 from click.testing import CliRunner
 
 from ray_dr.cli.main import FAILED, main
-from ray_dr.model.recovery import Decision, Event, NodeLost, Policy, StartWorkers, State, TakeInventory
+from ray_dr.model.actions import Decision, StartWorkers, TakeInventory
+from ray_dr.model.events import Event, NodeLost
+from ray_dr.model.recovery import Policy, State
 from ray_dr.recovery.adoption import Living, living_group
 from ray_dr.recovery.machine import step
 from ray_dr.simulator import host, perform

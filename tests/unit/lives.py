@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from ray_dr.model.checkpoint import VersionId
 from ray_dr.model.codec import to_json
-from ray_dr.model.job import Job, StoreTier, Workers
-from ray_dr.model.journal import Marked, Noted, Record, Restored
-from ray_dr.model.recovery import (
+from ray_dr.model.events import (
     FirstStep,
     Hung,
     InventoryTaken,
@@ -19,6 +17,8 @@ from ray_dr.model.recovery import (
     WorkerReady,
     WorkerStopped,
 )
+from ray_dr.model.job import Job, StoreTier, Workers
+from ray_dr.model.journal import Marked, Noted, Record, Restored
 from ray_dr.model.signal import FaultKind, Finding, Subject
 from tests.unit.stored_life import NAME, Life, begun
 

@@ -13,6 +13,18 @@ from ray_dr.checkpoint.save_plan import plan_save, replicated
 from ray_dr.model.checkpoint import CHUNK_BYTES, Chunk, Manifest, Part, StepRecord, VersionId
 from ray_dr.model.codec import to_json
 from ray_dr.model.data import Order, digest, share
+from ray_dr.model.events import (
+    Event,
+    FirstStep,
+    InventoryTaken,
+    NodeJoined,
+    NodeLost,
+    Opened,
+    Saved,
+    WorkerReady,
+    WorkerReturned,
+    WorkerStopped,
+)
 from ray_dr.model.job import Job, StoreTier, Workers
 from ray_dr.model.journal import (
     DataOpened,
@@ -24,18 +36,6 @@ from ray_dr.model.journal import (
     Stepped,
     VersionSaved,
     Where,
-)
-from ray_dr.model.recovery import (
-    Event,
-    FirstStep,
-    InventoryTaken,
-    NodeJoined,
-    NodeLost,
-    Opened,
-    Saved,
-    WorkerReady,
-    WorkerReturned,
-    WorkerStopped,
 )
 from ray_dr.recovery.machine import initial, step
 from ray_dr.recovery.policy import policy_of

@@ -11,9 +11,9 @@ from ray_dr.checkpoint.cadence import LONGEST_S, Bounds, Costs, Rhythm, best_int
 from ray_dr.checkpoint.failures import Rate
 from ray_dr.model.attempt import Cadence
 from ray_dr.model.checkpoint import VersionId
+from ray_dr.model.events import NodeLost
 from ray_dr.model.job import Every
 from ray_dr.model.journal import Decided, Noted, PartSaved, Record, Where
-from ray_dr.model.recovery import NodeLost
 from ray_dr.recovery.machine import initial
 from ray_dr.telemetry.tiers import COPIES_KEPT, KEPT, Completeness, fold
 

@@ -7,29 +7,22 @@ from dataclasses import replace
 import pytest
 
 from ray_dr.checkpoint.failures import COUNTED, DAY_S, NODE_PRIOR, Losses, Tally, count_losses, measured_rate, rates
+from ray_dr.model.actions import Action, FormGroup
 from ray_dr.model.checkpoint import VersionId
+from ray_dr.model.events import Adopted, Event, FirstStep, NodeLost, Opened, Tick, WorkerLost
 from ray_dr.model.journal import Decided, JobOpened, Noted, Record, Restored
 from ray_dr.model.recovery import (
-    Action,
-    Adopted,
-    Event,
     FailureKind,
     Finished,
-    FirstStep,
-    FormGroup,
     Group,
     Incident,
     Node,
-    NodeLost,
-    Opened,
     Phase,
     Recovering,
     Running,
     Starting,
     State,
     Suspended,
-    Tick,
-    WorkerLost,
 )
 
 MEMORY = {"memory": 10, "peer": 5, "store": 0}

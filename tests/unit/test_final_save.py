@@ -11,9 +11,10 @@ from ray_dr.actors import perform
 from ray_dr.actors.progress import Progress
 from ray_dr.model import codec
 from ray_dr.model.checkpoint import VersionId
+from ray_dr.model.events import Saved
 from ray_dr.model.job import Job, Recovery, StoreTier
 from ray_dr.model.journal import Where
-from ray_dr.model.recovery import Queued, Saved, State
+from ray_dr.model.recovery import Queued, State
 from ray_dr.telemetry.tiers import Completeness
 
 BEGAN, OWN = VersionId(1, 8), VersionId(2, 8)

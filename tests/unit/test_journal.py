@@ -8,9 +8,11 @@ from collections.abc import Iterator
 import pytest
 
 from ray_dr.errors import StoreUnavailable
+from ray_dr.model.actions import FormGroup
 from ray_dr.model.checkpoint import StepRecord, VersionId
+from ray_dr.model.events import Opened
 from ray_dr.model.journal import Decided, JobOpened, Noted, PartSaved, Record, Stepped, Where
-from ray_dr.model.recovery import FormGroup, Group, Opened, Queued, Starting, State
+from ray_dr.model.recovery import Group, Queued, Starting, State
 from ray_dr.stores.base import Buffer, Entry, Store, Traits
 from ray_dr.stores.memory import MemoryStore
 from ray_dr.telemetry.journal import (

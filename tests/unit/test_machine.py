@@ -4,45 +4,49 @@ from dataclasses import replace
 
 import pytest
 
-from ray_dr.model.checkpoint import VersionId
-from ray_dr.model.recovery import (
+from ray_dr.model.actions import (
     AbortGroup,
+    CloseJob,
+    FormGroup,
+    KillWorker,
+    ReleaseNode,
+    RequestNodes,
+    SaveFinal,
+    StartWorkers,
+    StopGroup,
+    TakeInventory,
+)
+from ray_dr.model.checkpoint import VersionId
+from ray_dr.model.events import (
     ActionFailed,
     Adopted,
-    CloseJob,
     Event,
-    Failed,
-    FailureKind,
-    Finished,
-    Finishing,
     FirstStep,
-    FormGroup,
-    Group,
     InventoryTaken,
-    KillWorker,
     NodeJoined,
     NodeLost,
     Opened,
-    Policy,
-    Queued,
-    Recovering,
-    ReleaseNode,
-    RequestNodes,
-    Resizing,
-    Running,
-    SaveFinal,
-    Starting,
-    StartWorkers,
-    State,
-    StopGroup,
     StopRequested,
-    TakeInventory,
     Tick,
     WorkerLost,
     WorkerRaised,
     WorkerReady,
     WorkerReturned,
     WorkerStopped,
+)
+from ray_dr.model.recovery import (
+    Failed,
+    FailureKind,
+    Finished,
+    Finishing,
+    Group,
+    Policy,
+    Queued,
+    Recovering,
+    Resizing,
+    Running,
+    Starting,
+    State,
 )
 from ray_dr.recovery.machine import initial, step
 

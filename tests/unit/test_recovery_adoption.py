@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 from ray_dr.model.checkpoint import VersionId
-from ray_dr.model.recovery import Adopted, Group, NodeJoined, Opened, Policy, Recovering, WorkerReady
+from ray_dr.model.events import Adopted, NodeJoined, Opened, WorkerReady
+from ray_dr.model.recovery import Group, Policy, Recovering
 from ray_dr.recovery.adoption import Living, living_group
 from ray_dr.recovery.machine import initial, step
 

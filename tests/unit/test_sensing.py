@@ -13,7 +13,8 @@ from ray_dr.actors import sensing
 from ray_dr.actors.sensing import Senses, short
 from ray_dr.model import codec
 from ray_dr.model.checkpoint import StepRecord
-from ray_dr.model.recovery import Event, Group, Hung
+from ray_dr.model.events import Event, Hung
+from ray_dr.model.recovery import Group
 from ray_dr.model.signal import Beacon, WorkerPhase
 
 NODES = ("a" * 56, "b" * 56)

@@ -6,8 +6,10 @@ from dataclasses import replace
 
 import pytest
 
+from ray_dr.model.actions import Action, Decision, FormGroup
 from ray_dr.model.checkpoint import StepRecord, VersionId
 from ray_dr.model.data import Order, digest, share
+from ray_dr.model.events import Event, FirstStep, InventoryTaken, NodeLost, Opened, WorkerRaised, WorkerStopped
 from ray_dr.model.journal import (
     DataOpened,
     Decided,
@@ -22,27 +24,17 @@ from ray_dr.model.journal import (
     Where,
 )
 from ray_dr.model.recovery import (
-    Action,
-    Decision,
-    Event,
     Failed,
     FailureKind,
-    FirstStep,
-    FormGroup,
     Group,
     Incident,
-    InventoryTaken,
     Node,
-    NodeLost,
-    Opened,
     Phase,
     Queued,
     Recovering,
     Running,
     Starting,
     State,
-    WorkerRaised,
-    WorkerStopped,
 )
 from ray_dr.telemetry.lineage import steps as lineage
 from ray_dr.telemetry.timeline import incidents, loss_curve, replay, status, verify_data

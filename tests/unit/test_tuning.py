@@ -12,11 +12,13 @@ from ray_dr.actors.progress import Progress
 from ray_dr.actors.tuning import Tuning
 from ray_dr.checkpoint.failures import COUNTED, count_losses
 from ray_dr.checkpoint.pace import Pace, first_cadence
+from ray_dr.model.actions import FormGroup
 from ray_dr.model.attempt import Cadence
 from ray_dr.model.checkpoint import StepRecord, VersionId
+from ray_dr.model.events import FirstStep, Tick
 from ray_dr.model.job import Job, StoreTier
 from ray_dr.model.journal import Decided, Noted, PartSaved, Where
-from ray_dr.model.recovery import FirstStep, FormGroup, Group, Node, Running, Starting, State, Tick
+from ray_dr.model.recovery import Group, Node, Running, Starting, State
 from ray_dr.stores.base import Store
 from ray_dr.stores.memory import MemoryStore
 from ray_dr.telemetry.journal import Journal, last_attempt, read_journal

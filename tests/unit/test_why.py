@@ -17,8 +17,7 @@ from click.testing import CliRunner, Result
 from ray_dr.cli.main import main
 from ray_dr.model.checkpoint import VersionId
 from ray_dr.model.codec import from_json, to_json
-from ray_dr.model.journal import Decided, JobOpened, Noted, Record, Stepped
-from ray_dr.model.recovery import (
+from ray_dr.model.events import (
     FencedOff,
     FirstStep,
     InventoryTaken,
@@ -31,6 +30,7 @@ from ray_dr.model.recovery import (
     WorkerReady,
     WorkerStopped,
 )
+from ray_dr.model.journal import Decided, JobOpened, Noted, Record, Stepped
 from ray_dr.model.signal import FaultKind, Subject, node_of
 from ray_dr.recovery.machine import initial
 from ray_dr.recovery.why import Account, Ended, Story, tell
