@@ -24,7 +24,7 @@ from ray_dr.recovery.replicas import Domain, replicas
 from ray_dr.telemetry.tiers import COPIES_KEPT
 
 if TYPE_CHECKING:
-    from ray_dr.actors.supervisor import Host
+    from ray_dr.actors.host import Host
 
 CALL_S = 10.0
 SETTLE_S = 2.0
@@ -81,7 +81,7 @@ class Forming:
     def take_inventory(self, incident: int, ask: int) -> None:
         """Tell the machine the newest version that can be restored."""
         held = self._held()
-        stored = [manifest.version for manifest in self._host.stored]
+        stored = [manifest.version for manifest in self._host.saves.stored]
         good = [version for version in stored if version not in self.unreadable]
         newest = choose_version([item for item in held if item.version not in self.unreadable], good[-1] if good else None)
         if newest is None:  # never from scratch while there is a version: trying an unreadable one again says what is wrong
@@ -122,7 +122,7 @@ class Forming:
 
     def _origin(self, version: VersionId) -> Origin:
         """Where a version can be read. Waits until every part that was just staged is sealed."""
-        stored = {where: depot.refs(version) for where, depot in self._host.depots.items()}
+        stored = {where: depot.refs(version) for where, depot in self._host.saves.depots.items()}
         first, second = (stored.get(where, ()) for where in (Where.STORE, Where.SECOND))
         deadline = time.monotonic() + SEAL_S
         while True:
@@ -169,7 +169,7 @@ class Forming:
     def terms(self) -> dict[str, int]:
         """The term in each place that the newest group may save to."""
         disk = {str(Where.DISK): self._host.term} if self._on_disk else {}
-        return {**{str(where): depot.term for where, depot in self._host.depots.items()}, **disk}
+        return {**{str(where): depot.term for where, depot in self._host.saves.depots.items()}, **disk}
 
     def _disk(self) -> tuple[str, ...]:
         """The job's place on the nodes' disks; none in this attempt when the store's journal does not know of it yet: its

@@ -25,7 +25,7 @@ from ray_dr.recovery.lemons import Quarantine, Score, fault_of, quarantine, scor
 from ray_dr.telemetry.nodes import NodeBook, machine_name
 
 if TYPE_CHECKING:
-    from ray_dr.actors.supervisor import Host
+    from ray_dr.actors.host import Host
 
 INSTANCE_LABELS = ("instance-id", "ray.io/instance-id", "node.kubernetes.io/instance-id")
 REFRESH_S, RETRY_S = 60.0, 10.0

@@ -6,11 +6,11 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, assert_never
 
 from ray_dr.actors import cluster
+from ray_dr.actors.adopting import Found, find_living
 from ray_dr.actors.forming import AgentRef, Forming, WorkerRef, domain_of
 from ray_dr.actors.watch import Watch
 from ray_dr.errors import CheckpointError, ClusterError, Fenced, StoreError
@@ -30,13 +30,12 @@ from ray_dr.model.actions import (
 )
 from ray_dr.model.attempt import Cadence
 from ray_dr.model.checkpoint import VersionId
-from ray_dr.model.events import ActionFailed, Event, NodeJoined, Saved, WorkerLost, WorkerReady, WorkerStopped
+from ray_dr.model.events import ActionFailed, NodeJoined, Saved, WorkerLost, WorkerReady, WorkerStopped
 from ray_dr.model.journal import Where
 from ray_dr.model.recovery import Group, State
-from ray_dr.recovery.adoption import Living, living_group
 
 if TYPE_CHECKING:
-    from ray_dr.actors.supervisor import Host
+    from ray_dr.actors.host import Host
 
 THREADS = 16
 DISCOVER_S = 0.25
@@ -48,17 +47,6 @@ SECOND_S = 60.0
 """The end waits so long for the second store, once the first has all."""
 AGENT_START_S = 20.0
 """After so long an agent that has not come up no longer counts as a node to come."""
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """What a restarted supervisor finds alive."""
-
-    events: tuple[Event, ...]
-    attempt: int
-    """The highest that any of them has anything of."""
-    group: Group | None
-    step: int
 
 
 class Performer:
@@ -185,18 +173,22 @@ class Performer:
     def give_up(self, version: VersionId) -> None:
         """A version of which no copy is whole is not restored again, and is struck from the commit logs."""
         self.forming.unreadable |= {version}
-        for where, depot in self._host.depots.items():
+        for where, depot in self._host.saves.depots.items():
             self._pool.submit(self._guarded, where, partial(depot.strike, version))
 
     def prune(self, where: Where) -> None:
         """Apply a store's retention."""
-        self._guarded(where, self._host.depots[where].prune)
+        self._guarded(where, self._host.saves.depots[where].prune)
 
     def _guarded(self, where: Where, effect: Callable[[], None]) -> None:
         try:
             effect()
         except (StoreError, CheckpointError, Fenced) as error:
-            self._host.note(f"{where}.unavailable", error=str(error), store=self._host.depots[where].store.url)
+            self._host.note(f"{where}.unavailable", error=str(error), store=self._host.saves.depots[where].store.url)
+
+    def find_living(self) -> Found:
+        """Agents and workers that outlived a supervisor."""
+        return find_living(self._host, self._agents, self._workers, self._join, self.forming)
 
     # -- nodes
 
@@ -353,68 +345,21 @@ class Performer:
             if self._closing.wait(FINAL_RETRY_S):
                 return
             wanted = self._ended_at(version)
-            to = {str(where): (self._job.name, self._host.depots[where].term) for where in self._missing(wanted)}
-            orphans = self._host.complete.orphans(wanted, set(self._agents))
+            to = {str(where): (self._job.name, self._host.saves.depots[where].term) for where in self._missing(wanted)}
+            orphans = self._host.saves.complete.orphans(wanted, set(self._agents))
             for agent in tuple(self._agents.values()):
                 agent.handle.store_again.remote(codec.to_json(wanted), to, sorted(orphans))
         self._host.post(Saved(time.time(), version.attempt, version.step))
 
     def _missing(self, version: VersionId) -> list[Where]:
-        return [where for where, depot in self._host.depots.items() if not depot.refs(version)]
+        return [where for where, depot in self._host.saves.depots.items() if not depot.refs(version)]
 
     def _ended_at(self, version: VersionId) -> VersionId:
         """What is to be in every store: `version`; or, when its group had no step left to do (a finished job, run again) and
         has staged nothing, as no store lacks what it began from, that."""
         idle = self._host.progress.newest == self._host.progress.began
-        staged = self._host.complete.nodes(version, Where.MEMORY)
+        staged = self._host.saves.complete.nodes(version, Where.MEMORY)
         return self.forming.began if idle and not staged and self.forming.began is not None else version
-
-    # -- adoption
-
-    def find_living(self) -> Found:
-        """Agents and workers that outlived a supervisor, as events; and the group they form, if they do."""
-        agents, workers = self._living("agent"), self._living("worker")
-        for said, handle in agents:
-            try:
-                self._join(said["node"], handle, said)
-            except StoreError as error:
-                self._host.note("agent.failed", node=said["node"], error=repr(error))
-                cluster.kill(handle)  # nobody would hear of it again
-        for said, handle in workers:
-            if said["node"] in self._agents:
-                self._workers[said["worker"]] = WorkerRef(
-                    said["worker"], said["node"], handle, said["rendezvous"], said["attempt"], said["step"],
-                    said["running"], said["rank"],
-                    codec.from_json(VersionId, said["restore"]) if said["restore"] else None, said["world"],
-                )  # fmt: skip
-            else:
-                cluster.kill(handle)
-        refs = tuple(self._workers.values())
-        now = time.time()
-        joined = [
-            NodeJoined(now, node, tuple(ref.worker for ref in refs if ref.node == node)) for node in sorted(self._agents)
-        ]
-        ready = [WorkerReady(now, ref.worker, ref.node) for ref in refs]
-        group, step = living_group(
-            [Living(r.worker, r.attempt, r.rank, r.step, r.running, r.restore, r.world) for r in refs]
-        )
-        self.forming.peers = self.forming.expected_peers()
-        attempt = max([0, *(ref.attempt for ref in refs), *(said["attempt"] for said, _ in agents)])
-        return Found((*joined, *ready), attempt, group, step)
-
-    def _living(self, kind: str) -> list[tuple[dict[str, Any], Any]]:
-        handles = [
-            handle for name in cluster.actors_of(self._job.name)
-            if name.startswith(f"{kind}:") and (handle := cluster.actor(name)) is not None
-        ]  # fmt: skip
-        answers = cluster.gather([handle.describe.remote() for handle in handles], CALL_S)
-        out = []
-        for handle, answer in zip(handles, answers, strict=True):
-            if isinstance(answer, Exception):
-                cluster.kill(handle)
-            else:
-                out.append((answer, handle))
-        return out
 
     def _later(self, action: Action, effect: Callable[[], None]) -> None:
         def run() -> None:

@@ -32,7 +32,7 @@ from ray_dr.model.signal import (
 )
 
 if TYPE_CHECKING:
-    from ray_dr.actors.supervisor import Host
+    from ray_dr.actors.host import Host
 
 NOW_S = 0.1
 

@@ -13,7 +13,7 @@ from ray_dr.model.recovery import Group
 from ray_dr.telemetry.journal import ATTEMPTS, read_tail
 
 if TYPE_CHECKING:
-    from ray_dr.actors.supervisor import Host
+    from ray_dr.actors.host import Host
 
 COUNT_S = 120.0
 """The count is noted this often, and the attempt, so that a later life reads no more of the journal than what came since."""
