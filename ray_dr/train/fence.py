@@ -34,13 +34,13 @@ from torch.utils.hooks import RemovableHandle
 
 from ray_dr.checkpoint.cut import clear_gaps
 from ray_dr.checkpoint.mesh import joined
-from ray_dr.checkpoint.save_plan import SavePlan
+from ray_dr.checkpoint.save_plan import SavePlan, plan_save
 from ray_dr.checkpoint.sealing import Same
 from ray_dr.model.checkpoint import CHUNK_BYTES, Part, VersionId
 from ray_dr.model.journal import Noted
 from ray_dr.train.link import Link
 from ray_dr.train.staging import Copy, Marks, Piece, in_one_run, pieces
-from ray_dr.train.state import Flat, Local, bytes_of
+from ray_dr.train.state import Flat, Local, bytes_of, flatten
 
 AT_ONCE_BYTES = 8 * 2**20
 """About a millisecond of copying: for less, a thread costs more than it saves."""
@@ -172,6 +172,7 @@ class Fence:
             if isinstance(value, torch.optim.Optimizer) and id(value) not in self._optimizers:
                 self._optimizers[id(value)] = value
                 self._hooks.append(value.register_step_pre_hook(self._before_step))
+        rehearse()
         self._thread.submit(int)  # starts it now: the first save would wait for that
 
     def stage(self, plan: SavePlan, flat: Flat, slot: memoryview, parcel: Parcel, *, begun: float, behind: bool) -> None:
@@ -311,6 +312,19 @@ def _split(plan: SavePlan, flat: Flat, owners: Any, owned: Mapping[int, tuple[to
         split.later, split.watched = [], []
     split.sampled = list(_samples(split.later))
     return split
+
+
+@functools.cache
+def rehearse() -> None:
+    """Go once through what a save does while training stands, with a state of a few bytes: a process meets torch's and
+    numpy's ways into memory for the first time then, which takes as long as the rest of a save's stall."""
+    module = nn.Linear(1, 1)
+    flat = flatten({"module": module}, rank=0, world=1)
+    plan = plan_save([local.leaf for local in flat.tensors.values()], rank=0, world=1)
+    split = _split(plan, flat, (), _owned([torch.optim.SGD(module.parameters())]))
+    for copy in split.copies(memoryview(bytearray(plan.size))):
+        copy.run()
+    list(_samples(split.now))
 
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
