@@ -1,0 +1,1 @@
+"""Who gets which nodes: pure decisions over `model.scheduling`."""
