@@ -5,7 +5,7 @@ through one authenticated server (`stores.wire`); a closed connection is the fas
 
     worker      "worker" then "pool", "staged", "step", "record", "event", "heal"; the agent answers "pool" and "free"
     restore     "part", "where", "place", "read" (from anywhere); "share", "take" (by ranks of this node: `shared_fetch`)
-    peer        "hold" (a copy arrives), "mend" (a chunk of one once more)
+    peer        "hold" (a copy arrives), "mend" (a chunk of one once more), "here" (is this agent there?)
     supervisor  "watch": from then on reports flow, each with a number; "ack" lets the agent forget them
 """
 
@@ -26,6 +26,7 @@ from typing import Any
 import ray
 from blake3 import blake3
 
+from ray_dr.actors import peers
 from ray_dr.actors.beacons import Beacons
 from ray_dr.checkpoint.described import describe, parse
 from ray_dr.checkpoint.healing import Healer
@@ -126,6 +127,7 @@ class Agent:
         """disk: URL of the node's own directory and the job's name there; without such a tier empty."""
         self.node = node
         self.throttle, self.uploads, self.beacons = Throttle(), Uploads(), Beacons()
+        self.peers = peers.Peers(token)
         self.outbox = Outbox(self._live)
         store = open_store(store_url)
         places: dict[Where, Callable[[], Store]] = {Where.STORE: lambda: store}
@@ -150,6 +152,7 @@ class Agent:
     def close(self) -> None:
         """End the server and give the memory back."""
         self._closing = True
+        self.peers.close()
         self.throttle.hurry()
         self._server.close()
         self.shared.close()
@@ -168,7 +171,11 @@ class Agent:
 
     def _live(self) -> Callable[[], list[Header]]:
         news, beat = self.uploads.listener(), self.beacons.listener()
-        return lambda: [*beat(), *({"upload": codec.to_json(upload)} for upload in news())]
+        return lambda: [*map(self._witness, beat()), *({"upload": codec.to_json(upload)} for upload in news())]
+
+    def _witness(self, beat: Header) -> Header:
+        """A sign of life, with what else this agent has seen."""
+        return {**beat, "peers": codec.to_json(self.peers.heard())}
 
     def _note(self, name: str, fields: dict[str, Any]) -> None:
         self._report(Noted(time.time(), name, {"node": self.node, **fields}), None)
@@ -192,6 +199,8 @@ class Agent:
             self.outbox.serve(connection)
         elif header["op"] in ("share", "take"):
             self.shared.serve(connection, header, size)
+        elif header["op"] == "here":
+            peers.answer(connection)
         else:
             self._serve_peer(connection, header, size)
 
@@ -434,6 +443,10 @@ class NodeAgent:
     def abandoned(self, version: Any) -> None:
         """A version will never be whole: a rank has not saved its part."""
         self._agent.vault.abandoned(codec.from_json(VersionId, version))
+
+    def ask_peers(self, peers: dict[str, str]) -> None:
+        """Ask these agents, by name, at their addresses, for signs of life from now on."""
+        self._agent.peers.ask(peers)
 
     def keep_on_disk(self, versions: Any) -> None:
         """Only these versions, and newer ones, stay on the node's disk."""

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, assert_never
 from ray_dr.actors import cluster
 from ray_dr.actors.adopting import Found, find_living
 from ray_dr.actors.forming import AgentRef, Forming, WorkerRef, domain_of
+from ray_dr.actors.peers import Ring
+from ray_dr.actors.sensing import short
 from ray_dr.actors.watch import Watch
 from ray_dr.errors import CheckpointError, ClusterError, Fenced, StoreError
 from ray_dr.model import codec
@@ -60,6 +62,7 @@ class Performer:
         self._workers: dict[str, WorkerRef] = {}
         self._coming: dict[str, float] = {}
         self._incarnation: dict[str, int] = {}
+        self._ring = Ring()
         self._pool = ThreadPoolExecutor(THREADS, "perform")
         self._closing = threading.Event()
         self.forming = Forming(host, self._agents, self._workers)
@@ -249,6 +252,13 @@ class Performer:
         watch = Watch(node, said["address"], self._token, silent_s=self._job.recovery.silent_s, heard=self._host.heard,
                       overhead=self._job.overhead, rpo_s=self._job.rpo_s, lost=self._node_lost)  # fmt: skip
         self._agents[node] = AgentRef(node, handle, said["address"], watch, domain_of(said["labels"]))
+        self._introduce()
+
+    def _introduce(self) -> None:
+        """Who asks whom for signs of life, now that a node came or went."""
+        agents = {short(agent.node): agent for agent in tuple(self._agents.values())}
+        addresses = {name: agent.address for name, agent in agents.items()}
+        self._ring.close_up(addresses, lambda name, asks: agents[name].handle.ask_peers.remote(asks))
 
     def lose_node(self, node: str, how: str) -> None:
         """A node is taken for lost although its connection stands."""
@@ -261,6 +271,7 @@ class Performer:
         self._host.machines.lost(node)
         self._host.lost(node, how)
         if agent is not None:
+            self._introduce()
             self._pool.submit(self._bury, node, agent)
 
     def _bury(self, node: str, agent: AgentRef) -> None:
@@ -274,6 +285,7 @@ class Performer:
         agent = self._agents.pop(node, None)
         if agent is not None:
             agent.watch.close()
+            self._introduce()
             self._bury(node, agent)
 
     # -- workers

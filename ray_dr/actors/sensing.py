@@ -24,6 +24,7 @@ from ray_dr.model.signal import (
     Formed,
     Member,
     Now,
+    Peer,
     Raised,
     Released,
     Report,
@@ -62,7 +63,8 @@ class Senses:
         """A sign of life of a node's agent, with its workers' beacons."""
         name = self._name(node)
         beacons = codec.from_json(tuple[Beacon, ...], message["beacons"])
-        self._take(Report(self._at, name, message["beat"], beacons))
+        peers = codec.from_json(tuple[Peer, ...], message.get("peers", ()))
+        self._take(Report(self._at, name, message["beat"], beacons, peers))
 
     def stepped(self, record: StepRecord) -> None:
         """A rank has done a step."""
@@ -132,10 +134,22 @@ class Senses:
             case FaultKind.NODE_FROZEN if finding.stage == "confirmed" and not finding.shadow:
                 for subject in finding.subjects:
                     self._host.perform.lose_node(self._nodes.get(subject.node, ""), finding.evidence)
+            case FaultKind.NETWORK_CUT if finding.stage == "confirmed" and not finding.shadow:
+                self._cut(finding)
             case FaultKind.HANG:
                 self._hung = finding if finding.stage == "confirmed" and not finding.shadow else None
             case _:
                 pass
+
+    def _cut(self, finding: Finding) -> None:
+        """The smaller side is given up, and not taken again at once: Ray may well reach it. Where nobody can say which side is
+        at fault, or all would be lost, what hangs or breaks of it tells more."""
+        if finding.numbers.get("others", 0.0) <= len(finding.subjects):
+            return
+        for subject in finding.subjects:
+            node = self._nodes.get(subject.node, "")
+            self._host.machines.avoid(node)
+            self._host.perform.lose_node(node, finding.evidence)
 
     def _end_hang(self, now: float) -> None:
         """What hangs is given as long as the job's owner says, and then ended."""
