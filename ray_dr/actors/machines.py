@@ -21,6 +21,7 @@ from ray_dr.actors.cluster import RayNode
 from ray_dr.errors import StoreError
 from ray_dr.model.nodes import Charge, Entry
 from ray_dr.model.recovery import FailureKind, Incident, Recovering, State
+from ray_dr.model.signal import FaultKind
 from ray_dr.recovery.lemons import Quarantine, Score, fault_of, quarantine, score
 from ray_dr.telemetry.nodes import NodeBook, machine_name
 
@@ -41,7 +42,7 @@ DETAIL_CHARS = 200
 
 
 class Machines:
-    """`decided` is for the loop, `usable` for the thread that looks for nodes, `lost` and `avoid` for any."""
+    """`decided` is for the loop, `usable` for the thread that looks for nodes, `lost`, `avoid` and `condemn` for any."""
 
     def __init__(self, host: Host) -> None:
         self._host = host
@@ -56,6 +57,7 @@ class Machines:
         self._lost_at: dict[str, float] = {}
         self._avoided: dict[str, tuple[float, float]] = {}
         """name -> (until when, for how long)"""
+        self._condemned: deque[str] = deque(maxlen=CHARGES_MOST)
         self._verdict = Quarantine()
         self._judged: tuple[tuple[Entry, ...], tuple[Charge, ...], set[str]] = (), (), set()
         self._judged_at = -JUDGE_S
@@ -86,6 +88,13 @@ class Machines:
         name = self._names.get(node, node)
         for_s = min(2 * self._avoided.get(name, (0.0, AVOIDED_S / 2))[1], AVOIDED_MOST_S)
         self._avoided[name] = time.monotonic() + for_s, for_s
+
+    def condemn(self, node: str, kind: FaultKind, detail: str) -> None:
+        """A Ray node is given up for what was found of it: that is held against its machine, and not its loss once more."""
+        at = time.time()
+        self._condemned.append(node)
+        self.avoid(node)
+        self._hold_against(node, kind, at, f"{kind}.{at:.3f}", detail)
 
     def usable(self, alive: Sequence[RayNode], fitting: Sequence[RayNode]) -> list[str]:
         """Ids of those fitting that may be used, machines just lost last; says who is left out when that changes."""
@@ -131,10 +140,13 @@ class Machines:
 
     def _charge(self, incident: Incident, node: str) -> None:
         kind = fault_of(incident.kind)
-        if kind is None or not node:
+        if kind is None or not node or (node in self._condemned and incident.kind is FailureKind.NODE_LOST):
             return
-        charge = Charge(self._names.get(node, machine_name(node)), kind, incident.at, self._host.job.name,
-                        f"{self._host.term}.{incident.number}", incident.detail[:DETAIL_CHARS])  # fmt: skip
+        self._hold_against(node, kind, incident.at, f"{incident.number}", incident.detail)
+
+    def _hold_against(self, node: str, kind: FaultKind, at: float, number: str, detail: str) -> None:
+        charge = Charge(self._names.get(node, machine_name(node)), kind, at, self._host.job.name,
+                        f"{self._host.term}.{number}", detail[:DETAIL_CHARS])  # fmt: skip
         self._mine.append(charge)
         self._tell(charge)
 

@@ -5,7 +5,8 @@ through one authenticated server (`stores.wire`); a closed connection is the fas
 
     worker      "worker" then "pool", "staged", "step", "record", "event", "heal"; the agent answers "pool" and "free"
     restore     "part", "where", "place", "read" (from anywhere); "share", "take" (by ranks of this node: `shared_fetch`)
-    peer        "hold" (a copy arrives), "mend" (a chunk of one once more), "here" (is this agent there?)
+    peer        "hold" (a copy arrives), "mend" (a chunk of one once more); "here" (is this agent there?), "take in" (how
+                fast is the line?)
     supervisor  "watch": from then on reports flow, each with a number; "ack" lets the agent forget them
 """
 
@@ -17,17 +18,21 @@ import itertools
 import math
 import os
 import select
+import tempfile
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import ray
 from blake3 import blake3
 
 from ray_dr.actors import peers
 from ray_dr.actors.beacons import Beacons
+from ray_dr.actors.examination import Examination, take_in
+from ray_dr.actors.gpus import Xids
 from ray_dr.checkpoint.described import describe, parse
 from ray_dr.checkpoint.healing import Healer
 from ray_dr.checkpoint.local_disk import LocalDisk
@@ -127,7 +132,7 @@ class Agent:
         """disk: URL of the node's own directory and the job's name there; without such a tier empty."""
         self.node = node
         self.throttle, self.uploads, self.beacons = Throttle(), Uploads(), Beacons()
-        self.peers = peers.Peers(token)
+        self.peers, self.xids = peers.Peers(token), Xids()
         self.outbox = Outbox(self._live)
         store = open_store(store_url)
         places: dict[Where, Callable[[], Store]] = {Where.STORE: lambda: store}
@@ -137,6 +142,8 @@ class Agent:
         if self.disk is not None:
             on_disk = self.disk
             places[Where.DISK] = lambda: on_disk.store
+        where = unquote(urlsplit(disk[0]).path) if disk else tempfile.gettempdir()
+        self.examination = Examination(node, lambda: store, where, token)
         self.vault = Vault(node, self._give_back, slots=1 + len(places))
         self.verified = Verified(self.vault)
         self.writer = Writer(
@@ -153,6 +160,7 @@ class Agent:
         """End the server and give the memory back."""
         self._closing = True
         self.peers.close()
+        self.xids.close()
         self.throttle.hurry()
         self._server.close()
         self.shared.close()
@@ -175,7 +183,8 @@ class Agent:
 
     def _witness(self, beat: Header) -> Header:
         """A sign of life, with what else this agent has seen."""
-        return {**beat, "peers": codec.to_json(self.peers.heard())}
+        xids = self.xids.take()
+        return {**beat, "peers": codec.to_json(self.peers.heard()), **({"xids": codec.to_json(xids)} if xids else {})}
 
     def _note(self, name: str, fields: dict[str, Any]) -> None:
         self._report(Noted(time.time(), name, {"node": self.node, **fields}), None)
@@ -201,6 +210,8 @@ class Agent:
             self.shared.serve(connection, header, size)
         elif header["op"] == "here":
             peers.answer(connection)
+        elif header["op"] == "take in":
+            take_in(connection, size)
         else:
             self._serve_peer(connection, header, size)
 
@@ -443,6 +454,14 @@ class NodeAgent:
     def abandoned(self, version: Any) -> None:
         """A version will never be whole: a rank has not saved its part."""
         self._agent.vault.abandoned(codec.from_json(VersionId, version))
+
+    def examine(self, peer: str, long: bool) -> Any:
+        """This node's figures (JSON of model.preflight.Figures); `peer`: the address of another node's agent, or empty."""
+        return codec.to_json(self._agent.examination.run(peer, long=long))
+
+    def clock(self) -> float:
+        """This node's wall clock, UTC seconds."""
+        return time.time()
 
     def ask_peers(self, peers: dict[str, str]) -> None:
         """Ask these agents, by name, at their addresses, for signs of life from now on."""

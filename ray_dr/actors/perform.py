@@ -13,6 +13,7 @@ from ray_dr.actors import cluster
 from ray_dr.actors.adopting import Found, find_living
 from ray_dr.actors.forming import AgentRef, Forming, WorkerRef, domain_of
 from ray_dr.actors.peers import Ring
+from ray_dr.actors.preflight import Preflight
 from ray_dr.actors.sensing import short
 from ray_dr.actors.watch import Watch
 from ray_dr.errors import CheckpointError, ClusterError, Fenced, StoreError
@@ -62,7 +63,7 @@ class Performer:
         self._workers: dict[str, WorkerRef] = {}
         self._coming: dict[str, float] = {}
         self._incarnation: dict[str, int] = {}
-        self._ring = Ring()
+        self._ring, self._preflight = Ring(), Preflight(host)
         self._pool = ThreadPoolExecutor(THREADS, "perform")
         self._closing = threading.Event()
         self.forming = Forming(host, self._agents, self._workers)
@@ -160,6 +161,7 @@ class Performer:
         has taken the agents over (each listens to one supervisor), a newer one elsewhere wants none of them."""
         fenced = self._closing.is_set()
         self._closing.set()
+        self._preflight.close()
         agents, workers = tuple(self._agents.values()), tuple(self._workers.values())
         for agent in agents:
             agent.watch.close()
@@ -253,6 +255,7 @@ class Performer:
                       overhead=self._job.overhead, rpo_s=self._job.rpo_s, lost=self._node_lost)  # fmt: skip
         self._agents[node] = AgentRef(node, handle, said["address"], watch, domain_of(said["labels"]))
         self._introduce()
+        self._preflight.came(node, handle, said["address"])
 
     def _introduce(self) -> None:
         """Who asks whom for signs of life, now that a node came or went."""
@@ -271,6 +274,7 @@ class Performer:
         self._host.machines.lost(node)
         self._host.lost(node, how)
         if agent is not None:
+            self._preflight.went(node)
             self._introduce()
             self._pool.submit(self._bury, node, agent)
 
@@ -285,6 +289,7 @@ class Performer:
         agent = self._agents.pop(node, None)
         if agent is not None:
             agent.watch.close()
+            self._preflight.went(node)
             self._introduce()
             self._bury(node, agent)
 

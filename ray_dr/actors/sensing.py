@@ -30,6 +30,7 @@ from ray_dr.model.signal import (
     Report,
     Sample,
     StepDone,
+    Xid,
 )
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ class Senses:
 
     def __init__(self, host: Host) -> None:
         self._host = host
-        self._detection = Detection()
+        self._detection = self._begin()
         self._group: Formed | None = None
         self._at = 0.0
         self._nodes: dict[str, str] = {}
@@ -64,7 +65,8 @@ class Senses:
         name = self._name(node)
         beacons = codec.from_json(tuple[Beacon, ...], message["beacons"])
         peers = codec.from_json(tuple[Peer, ...], message.get("peers", ()))
-        self._take(Report(self._at, name, message["beat"], beacons, peers))
+        xids = codec.from_json(tuple[Xid, ...], message.get("xids", ()))
+        self._take(Report(self._at, name, message["beat"], beacons, peers, xids=xids))
 
     def stepped(self, record: StepRecord) -> None:
         """A rank has done a step."""
@@ -106,6 +108,9 @@ class Senses:
             self._take(Now(now))
             self._end_hang(now)
 
+    def _begin(self) -> Detection:
+        return Detection(shadow=self._host.job.detection.shadow, off=self._host.job.detection.off)
+
     def _name(self, node: str) -> str:
         name = short(node)
         self._nodes[name] = node
@@ -120,7 +125,7 @@ class Senses:
             found = self._detection.observe(sample)
         except Exception as error:  # a supervisor that ended of it would hear the same again, and end again
             self._host.note("detection.failed", error=repr(error), sample=type(sample).__name__)
-            self._detection, found = Detection(), ()
+            self._detection, found = self._begin(), ()
             if self._group is not None and sample is not self._group:
                 self._take(replace(self._group, at=self._at))
         for finding in found:
@@ -148,7 +153,7 @@ class Senses:
             return
         for subject in finding.subjects:
             node = self._nodes.get(subject.node, "")
-            self._host.machines.avoid(node)
+            self._host.machines.condemn(node, finding.kind, finding.evidence)
             self._host.perform.lose_node(node, finding.evidence)
 
     def _end_hang(self, now: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 import time
@@ -18,6 +19,7 @@ from ray_dr.actors.node_agent import Agent
 from ray_dr.actors.peers import Peers, Ring
 from ray_dr.actors.sensing import Senses, short
 from ray_dr.model import codec
+from ray_dr.model.job import Detecting
 from ray_dr.stores.memory import MemoryStore
 from ray_dr.stores.wire import connect
 
@@ -46,10 +48,8 @@ class Cable:
     def close(self) -> None:
         self._whole.set()
         for end in (self._server, *self._ends):
-            try:
+            with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass
             end.close()
 
     def _accept(self) -> None:
@@ -137,9 +137,9 @@ class Supervisor:
         self.notes: list[dict[str, Any]] = []
         self.lost: list[tuple[str, str]] = []
         self.avoided: list[str] = []
-        self.job = SimpleNamespace(recovery=SimpleNamespace(hang_s=300.0))
+        self.job = SimpleNamespace(recovery=SimpleNamespace(hang_s=300.0), detection=Detecting())
         self.perform = SimpleNamespace(lose_node=self._lose)
-        self.machines = SimpleNamespace(avoid=self.avoided.append)
+        self.machines = SimpleNamespace(condemn=lambda node, kind, how: self.avoided.append(node))
         self.senses = Senses(self)  # type: ignore[arg-type]
         self._heard: list[tuple[float, str, dict[str, Any]]] = []
         self._lock = threading.Lock()
