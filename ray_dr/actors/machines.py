@@ -58,6 +58,7 @@ class Machines:
         self._avoided: dict[str, tuple[float, float]] = {}
         """name -> (until when, for how long)"""
         self._condemned: deque[str] = deque(maxlen=CHARGES_MOST)
+        self._slow: set[str] = set()
         self._verdict = Quarantine()
         self._judged: tuple[tuple[Entry, ...], tuple[Charge, ...], set[str]] = (), (), set()
         self._judged_at = -JUDGE_S
@@ -95,6 +96,12 @@ class Machines:
         self._condemned.append(node)
         self.avoid(node)
         self._hold_against(node, kind, at, f"{kind}.{at:.3f}", detail)
+
+    def hold_slow(self, node: str, detail: str) -> None:
+        """A Ray node's rank was found to keep the others waiting: that is held against its machine, once."""
+        if node and node not in self._slow:
+            self._slow.add(node)
+            self._hold_against(node, FaultKind.STRAGGLER, time.time(), f"{FaultKind.STRAGGLER}.{node[:16]}", detail)
 
     def usable(self, alive: Sequence[RayNode], fitting: Sequence[RayNode]) -> list[str]:
         """Ids of those fitting that may be used, machines just lost last; says who is left out when that changes."""

@@ -72,8 +72,8 @@ class Senses:
         """A rank has done a step."""
         loss, grad_norm = record.logs.get("loss"), record.logs.get("grad_norm")
         finite = all(math.isfinite(value) for value in (loss, grad_norm) if value is not None)
-        self._take(StepDone(self._at, record.rank, record.attempt, record.step, record.took_s, loss=loss,
-                            grad_norm=grad_norm, finite=finite))  # fmt: skip
+        self._take(StepDone(self._at, record.rank, record.attempt, record.step, record.took_s, record.arrived_s,
+                            loss=loss, grad_norm=grad_norm, finite=finite))  # fmt: skip
 
     def raised(self, event: WorkerRaised) -> None:
         """`train` left by an exception on a rank."""
@@ -141,6 +141,9 @@ class Senses:
                     self._host.perform.lose_node(self._nodes.get(subject.node, ""), finding.evidence)
             case FaultKind.NETWORK_CUT if finding.stage == "confirmed" and not finding.shadow:
                 self._cut(finding)
+            case FaultKind.STRAGGLER if finding.stage == "confirmed" and not finding.shadow:
+                for subject in finding.subjects:
+                    self._host.machines.hold_slow(self._nodes.get(subject.node, ""), finding.evidence)
             case FaultKind.HANG:
                 self._hung = finding if finding.stage == "confirmed" and not finding.shadow else None
             case _:

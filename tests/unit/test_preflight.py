@@ -108,7 +108,7 @@ def test_nodes_of_a_noisy_but_even_cluster_are_never_given_up(nodes: int) -> Non
         noise = {what: dice.gauss(0, 0.02 if what in ("compute", "memory") else 0.7) for what in USUAL}
         return Figures(name, {what: cost * 2.718 ** noise[what] for what, cost in USUAL.items()})
 
-    for _ in range(2000 // nodes * 8):
+    for _ in range(2000 // nodes):
         short = [measured(str(number)) for number in range(nodes)]
         for one in short:
             if found := doubts(one, short):
