@@ -31,6 +31,7 @@ from blake3 import blake3
 
 from ray_dr.actors import peers
 from ray_dr.actors.beacons import Beacons
+from ray_dr.actors.endings import Endings
 from ray_dr.actors.examination import Examination, take_in
 from ray_dr.actors.gpus import Xids
 from ray_dr.checkpoint.described import describe, parse
@@ -132,7 +133,7 @@ class Agent:
         """disk: URL of the node's own directory and the job's name there; without such a tier empty."""
         self.node = node
         self.throttle, self.uploads, self.beacons = Throttle(), Uploads(), Beacons()
-        self.peers, self.xids = peers.Peers(token), Xids()
+        self.peers, self.xids, self.endings = peers.Peers(token), Xids(), Endings()
         self.outbox = Outbox(self._live)
         store = open_store(store_url)
         places: dict[Where, Callable[[], Store]] = {Where.STORE: lambda: store}
@@ -161,6 +162,7 @@ class Agent:
         self._closing = True
         self.peers.close()
         self.xids.close()
+        self.endings.close()
         self.throttle.hurry()
         self._server.close()
         self.shared.close()
@@ -183,6 +185,7 @@ class Agent:
 
     def _witness(self, beat: Header) -> Header:
         """A sign of life, with what else this agent has seen."""
+        self.endings.count()
         xids = self.xids.take()
         return {**beat, "peers": codec.to_json(self.peers.heard()), **({"xids": codec.to_json(xids)} if xids else {})}
 
@@ -201,6 +204,7 @@ class Agent:
         header, size = connection.receive()
         if header["op"] == "worker":
             self.beacons.add(header["worker"], header["beacon"], header["pid"])
+            self.endings.watch(header["worker"], header["pid"])
             self._serve_worker(connection, header["worker"])
         elif header["op"] == "watch":
             if "overhead" in header:
@@ -226,7 +230,8 @@ class Agent:
             self.beacons.drop(worker)
             self.vault.forget_worker(worker)
             if not self._closing:
-                self.outbox.put({"lost": worker}, urgent=True)
+                ending = self.endings.of(worker)
+                self.outbox.put({"lost": worker, "how": ending.how, "oom": ending.oom}, urgent=True)
 
     def _from_worker(self, connection: Connection, worker: str, header: Header) -> None:
         match header["op"]:

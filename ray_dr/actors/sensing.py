@@ -19,6 +19,7 @@ from ray_dr.model.recovery import Group
 from ray_dr.model.signal import (
     Beacon,
     Closed,
+    Exit,
     FaultKind,
     Finding,
     Formed,
@@ -78,6 +79,10 @@ class Senses:
     def raised(self, event: WorkerRaised) -> None:
         """`train` left by an exception on a rank."""
         self._take(Raised(self._now(), event.worker, event.attempt, event.step, event.error, event.collateral))
+
+    def exited(self, node: str, worker: str, how: str, *, oom: bool) -> None:
+        """A worker's process has ended, and nobody had asked for it."""
+        self._take(Report(self._now(), self._name(node), 0.0, exits=(Exit(worker, how, oom),)))
 
     def closed(self, node: str) -> None:
         """The connection to a node's agent is gone."""
