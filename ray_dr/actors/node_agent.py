@@ -18,22 +18,19 @@ import itertools
 import math
 import os
 import select
-import tempfile
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 import ray
 from blake3 import blake3
 
 from ray_dr.actors import peers
 from ray_dr.actors.beacons import Beacons
-from ray_dr.actors.endings import Endings
-from ray_dr.actors.examination import Examination, take_in
-from ray_dr.actors.gpus import Xids
+from ray_dr.actors.examination import take_in
+from ray_dr.actors.witness import Witness
 from ray_dr.checkpoint.described import describe, parse
 from ray_dr.checkpoint.healing import Healer
 from ray_dr.checkpoint.local_disk import LocalDisk
@@ -133,18 +130,17 @@ class Agent:
         """disk: URL of the node's own directory and the job's name there; without such a tier empty."""
         self.node = node
         self.throttle, self.uploads, self.beacons = Throttle(), Uploads(), Beacons()
-        self.peers, self.xids, self.endings = peers.Peers(token), Xids(), Endings()
+        self.witness = Witness(node, token, disk, lambda: store)
         self.outbox = Outbox(self._live)
-        store = open_store(store_url)
+        store = self.witness.seen(open_store(store_url), Where.STORE)
         places: dict[Where, Callable[[], Store]] = {Where.STORE: lambda: store}
         if second_url:
-            places[Where.SECOND] = functools.cache(lambda: open_store(second_url))  # an error is not kept
-        self.disk = LocalDisk(lambda: open_store(disk[0]), disk[1], node) if disk else None
+            # An error is not kept.
+            places[Where.SECOND] = functools.cache(lambda: self.witness.seen(open_store(second_url), Where.SECOND))
+        self.disk = LocalDisk(lambda: self.witness.seen(open_store(disk[0]), Where.DISK), disk[1], node) if disk else None
         if self.disk is not None:
             on_disk = self.disk
             places[Where.DISK] = lambda: on_disk.store
-        where = unquote(urlsplit(disk[0]).path) if disk else tempfile.gettempdir()
-        self.examination = Examination(node, lambda: store, where, token)
         self.vault = Vault(node, self._give_back, slots=1 + len(places))
         self.verified = Verified(self.vault)
         self.writer = Writer(
@@ -160,9 +156,7 @@ class Agent:
     def close(self) -> None:
         """End the server and give the memory back."""
         self._closing = True
-        self.peers.close()
-        self.xids.close()
-        self.endings.close()
+        self.witness.close()
         self.throttle.hurry()
         self._server.close()
         self.shared.close()
@@ -181,13 +175,7 @@ class Agent:
 
     def _live(self) -> Callable[[], list[Header]]:
         news, beat = self.uploads.listener(), self.beacons.listener()
-        return lambda: [*map(self._witness, beat()), *({"upload": codec.to_json(upload)} for upload in news())]
-
-    def _witness(self, beat: Header) -> Header:
-        """A sign of life, with what else this agent has seen."""
-        self.endings.count()
-        xids = self.xids.take()
-        return {**beat, "peers": codec.to_json(self.peers.heard()), **({"xids": codec.to_json(xids)} if xids else {})}
+        return lambda: [*map(self.witness.add_to, beat()), *({"upload": codec.to_json(upload)} for upload in news())]
 
     def _note(self, name: str, fields: dict[str, Any]) -> None:
         self._report(Noted(time.time(), name, {"node": self.node, **fields}), None)
@@ -204,7 +192,7 @@ class Agent:
         header, size = connection.receive()
         if header["op"] == "worker":
             self.beacons.add(header["worker"], header["beacon"], header["pid"])
-            self.endings.watch(header["worker"], header["pid"])
+            self.witness.endings.watch(header["worker"], header["pid"])
             self._serve_worker(connection, header["worker"])
         elif header["op"] == "watch":
             if "overhead" in header:
@@ -230,7 +218,7 @@ class Agent:
             self.beacons.drop(worker)
             self.vault.forget_worker(worker)
             if not self._closing:
-                ending = self.endings.of(worker)
+                ending = self.witness.endings.of(worker)
                 self.outbox.put({"lost": worker, "how": ending.how, "oom": ending.oom}, urgent=True)
 
     def _from_worker(self, connection: Connection, worker: str, header: Header) -> None:
@@ -462,7 +450,7 @@ class NodeAgent:
 
     def examine(self, peer: str, long: bool) -> Any:
         """This node's figures (JSON of model.preflight.Figures); `peer`: the address of another node's agent, or empty."""
-        return codec.to_json(self._agent.examination.run(peer, long=long))
+        return codec.to_json(self._agent.witness.examination.run(peer, long=long))
 
     def clock(self) -> float:
         """This node's wall clock, UTC seconds."""
@@ -470,7 +458,7 @@ class NodeAgent:
 
     def ask_peers(self, peers: dict[str, str]) -> None:
         """Ask these agents, by name, at their addresses, for signs of life from now on."""
-        self._agent.peers.ask(peers)
+        self._agent.witness.peers.ask(peers)
 
     def keep_on_disk(self, versions: Any) -> None:
         """Only these versions, and newer ones, stay on the node's disk."""

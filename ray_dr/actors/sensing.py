@@ -31,6 +31,7 @@ from ray_dr.model.signal import (
     Report,
     Sample,
     StepDone,
+    StoreSeen,
     Xid,
 )
 
@@ -67,7 +68,8 @@ class Senses:
         beacons = codec.from_json(tuple[Beacon, ...], message["beacons"])
         peers = codec.from_json(tuple[Peer, ...], message.get("peers", ()))
         xids = codec.from_json(tuple[Xid, ...], message.get("xids", ()))
-        self._take(Report(self._at, name, message["beat"], beacons, peers, xids=xids))
+        stores = codec.from_json(tuple[StoreSeen, ...], message.get("stores", ()))
+        self._take(Report(self._at, name, message["beat"], beacons, peers, stores=stores, xids=xids))
 
     def stepped(self, record: StepRecord) -> None:
         """A rank has done a step."""

@@ -106,7 +106,7 @@ def test_an_agent_tells_how_its_worker_ended(agent: Agent) -> None:
         assert process.stdout is not None
         process.stdout.readline()
         deadline = time.monotonic() + 60
-        while "w0" not in agent.endings._open:
+        while "w0" not in agent.witness.endings._open:
             assert time.monotonic() < deadline
         process.kill()
         threading.Thread(target=process.wait).start()  # as a raylet does
