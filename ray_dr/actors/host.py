@@ -281,6 +281,7 @@ class Host:
                 # Else it was told to end, or belonged to a supervisor before this one: no news of those that start now.
                 how = message.get("how", "its connection closed")
                 self._senses.exited(node, message["lost"], how, oom=message.get("oom", False))
+                self.perform.ask_death(message["lost"])
                 self.decide(WorkerLost(time.time(), message["lost"], node, how, self.progress.step))
         self._acks[report.node] = report.last
 

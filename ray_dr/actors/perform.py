@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any, assert_never
 
-from ray_dr.actors import cluster
+from ray_dr.actors import cluster, deaths
 from ray_dr.actors.adopting import Found, find_living
 from ray_dr.actors.forming import AgentRef, Forming, WorkerRef, domain_of
 from ray_dr.actors.peers import Ring
@@ -80,6 +80,11 @@ class Performer:
         """The node of a worker, if it is known."""
         ref = self._workers.get(worker)
         return ref.node if ref else None
+
+    def ask_death(self, worker: str) -> None:
+        """What Ray says of the end of a worker goes to the journal."""
+        if (ref := self._workers.get(worker)) is not None:
+            deaths.ask(self._host, worker, ref.node, ref.handle, self._pool)
 
     def has(self, node: str) -> bool:
         """Whether a node's agent is one of the job's."""
