@@ -12,6 +12,7 @@
         - {kind: s3, url: s3://elsewhere/prefix, every: 1h}       # a second store
           # share_with: base-job    in a store tier: the job it was tuned from; what it has of it is not put again
     recovery: {unwind: 15s, start: 5m, settle: 1s, silent: 5s, attempts_without_progress: 5}
+    detection: {shadow: [straggler], off: [], preflight: true}
     deterministic: false
     seed: 0
     rpo: 2m                             # work that may be lost with all nodes; none is promised without
@@ -35,7 +36,18 @@ from typing import Literal, TypeVar, cast
 from urllib.parse import quote, unquote, urlsplit
 
 from ray_dr.errors import AccessDenied, ConfigError, StoreError, StoreFull
-from ray_dr.model.job import DiskTier, Every, Job, Keep, MemoryTier, Recovery, StoreTier, Workers
+from ray_dr.model.job import (
+    DETECTORS,
+    Detecting,
+    DiskTier,
+    Every,
+    Job,
+    Keep,
+    MemoryTier,
+    Recovery,
+    StoreTier,
+    Workers,
+)
 from ray_dr.stores.base import Traits
 from ray_dr.yaml_text import Place, Setting, compose, describe, short
 
@@ -44,9 +56,11 @@ T = TypeVar("T")
 STORE_VARIABLE = "RAY_DR_STORE"
 JOB_KEYS = (
     "job", "store", "workers", "checkpoint", "recovery", "deterministic", "seed", "overhead", "rpo", "settings", "backend",
+    "detection",
 )  # fmt: skip
 WORKER_KEYS = ("nodes", "min_nodes_to_run", "per_node", "gpus_per_node", "cpus_per_worker")
 RECOVERY_KEYS = ("unwind", "start", "settle", "silent", "hang", "attempts_without_progress")
+DETECTION_KEYS = ("shadow", "off", "preflight")
 STORE_TIER_KEYS = ("kind", "url", "path", "every", "keep", "share_with")
 KEEP_KEYS = ("last", "hourly", "daily", "weekly", "within")
 TIER_KINDS = ("memory", "file", "disk", "s3", "store")
@@ -141,6 +155,7 @@ def _parse(text: str, file: str) -> tuple[Job, Place]:
         rpo_s=_one(keys, "rpo", lambda setting: setting.duration_s(least=1.0), math.inf),
         settings=_one(keys, "settings", _settings, {}),
         backend=_one(keys, "backend", lambda setting: _backend(setting, workers), "auto"),
+        detection=_one(keys, "detection", _detection, Detecting()),
     )
     return job, store_place
 
@@ -204,6 +219,20 @@ def _recovery(setting: Setting) -> Recovery:
         silent_s=_one(keys, "silent", lambda value: value.duration_s(least=0.1), standard.silent_s),
         hang_s=_one(keys, "hang", lambda value: value.duration_s(least=0.0), standard.hang_s),
     )
+
+
+def _detection(setting: Setting) -> Detecting:
+    keys = setting.sections(DETECTION_KEYS)
+    nobody: tuple[str, ...] = ()
+    shadow, off = _one(keys, "shadow", _detectors, nobody), _one(keys, "off", _detectors, nobody)
+    for name in off:
+        if name in shadow:
+            keys["off"].fail(f"{name} is on trial as well", "write it under shadow or under off")
+    return Detecting(shadow, off, _one(keys, "preflight", Setting.flag, True))
+
+
+def _detectors(setting: Setting) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(item.choice(DETECTORS) for item in setting.items()))
 
 
 def _overhead(setting: Setting) -> float:

@@ -279,9 +279,10 @@ class Host:
                 self.saves.skip(codec.from_json(VersionId, message["skipped"]))
             elif "lost" in message and (node := self.perform.node_of(message["lost"])) is not None:
                 # Else it was told to end, or belonged to a supervisor before this one: no news of those that start now.
-                self.decide(
-                    WorkerLost(time.time(), message["lost"], node, "its connection closed", self.progress.step)
-                )
+                how = message.get("how", "its connection closed")
+                self._senses.exited(node, message["lost"], how, oom=message.get("oom", False))
+                self.perform.ask_death(message["lost"])
+                self.decide(WorkerLost(time.time(), message["lost"], node, how, self.progress.step))
         self._acks[report.node] = report.last
 
     def _unreadable(self, event: WorkerRaised) -> None:

@@ -21,6 +21,7 @@ from ray_dr.actors.cluster import RayNode
 from ray_dr.errors import StoreError
 from ray_dr.model.nodes import Charge, Entry
 from ray_dr.model.recovery import FailureKind, Incident, Recovering, State
+from ray_dr.model.signal import FaultKind
 from ray_dr.recovery.lemons import Quarantine, Score, fault_of, quarantine, score
 from ray_dr.telemetry.nodes import NodeBook, machine_name
 
@@ -34,12 +35,14 @@ FIRST_S = 2.0
 """The first choice of nodes waits so long for what the store knows."""
 LOST_S = 600.0
 """So long a machine that was lost is taken again only when no other fits."""
+AVOIDED_S, AVOIDED_MOST_S = 60.0, 1800.0
+"""So long a machine that lives but is of no use is not taken at all; twice as long each time, and at most."""
 CHARGES_MOST, NAMES_MOST = 64, 4096
 DETAIL_CHARS = 200
 
 
 class Machines:
-    """`decided` is for the loop, `usable` for the thread that looks for nodes, `lost` for any."""
+    """`decided` is for the loop, `usable` for the thread that looks for nodes, `lost`, `avoid` and `condemn` for any."""
 
     def __init__(self, host: Host) -> None:
         self._host = host
@@ -52,6 +55,10 @@ class Machines:
         self._names: dict[str, str] = {}
         self._crowded: set[str] = set()
         self._lost_at: dict[str, float] = {}
+        self._avoided: dict[str, tuple[float, float]] = {}
+        """name -> (until when, for how long)"""
+        self._condemned: deque[str] = deque(maxlen=CHARGES_MOST)
+        self._slow: set[str] = set()
         self._verdict = Quarantine()
         self._judged: tuple[tuple[Entry, ...], tuple[Charge, ...], set[str]] = (), (), set()
         self._judged_at = -JUDGE_S
@@ -61,7 +68,8 @@ class Machines:
     @property
     def left_out(self) -> int:
         """Living machines that are large enough and not used."""
-        return len(self._verdict.out)
+        now = time.monotonic()
+        return len({*_names(self._verdict.out), *(name for name, (until, _) in tuple(self._avoided.items()) if now < until)})
 
     def decided(self, state: State) -> None:
         """An incident counts against the machine it began with once nothing can change its cause any more."""
@@ -76,6 +84,25 @@ class Machines:
         """A Ray node was lost or given back: while another fits, its machine is not taken again."""
         self._lost_at[self._names.get(node, node)] = time.monotonic()
 
+    def avoid(self, node: str) -> None:
+        """A Ray node that lives, and that Ray would give, is of no use: cut off from the others, or found bad before it began."""
+        name = self._names.get(node, node)
+        for_s = min(2 * self._avoided.get(name, (0.0, AVOIDED_S / 2))[1], AVOIDED_MOST_S)
+        self._avoided[name] = time.monotonic() + for_s, for_s
+
+    def condemn(self, node: str, kind: FaultKind, detail: str) -> None:
+        """A Ray node is given up for what was found of it: that is held against its machine, and not its loss once more."""
+        at = time.time()
+        self._condemned.append(node)
+        self.avoid(node)
+        self._hold_against(node, kind, at, f"{kind}.{at:.3f}", detail)
+
+    def hold_slow(self, node: str, detail: str) -> None:
+        """A Ray node's rank was found to keep the others waiting: that is held against its machine, once."""
+        if node and node not in self._slow:
+            self._slow.add(node)
+            self._hold_against(node, FaultKind.STRAGGLER, time.time(), f"{FaultKind.STRAGGLER}.{node[:16]}", detail)
+
     def usable(self, alive: Sequence[RayNode], fitting: Sequence[RayNode]) -> list[str]:
         """Ids of those fitting that may be used, machines just lost last; says who is left out when that changes."""
         self._asked.wait(FIRST_S)
@@ -83,7 +110,7 @@ class Machines:
         present = {self._names[node.id] for node in fitting}
         now = time.monotonic()
         self._judge(present, now)
-        out = _names(self._verdict.out)
+        out = _names(self._verdict.out) | {name for name, (until, _) in tuple(self._avoided.items()) if now < until}
         for name in [name for name, at in tuple(self._lost_at.items()) if now - at >= LOST_S]:
             del self._lost_at[name]
         good = [node.id for node in fitting if self._names[node.id] not in out]
@@ -120,10 +147,13 @@ class Machines:
 
     def _charge(self, incident: Incident, node: str) -> None:
         kind = fault_of(incident.kind)
-        if kind is None or not node:
+        if kind is None or not node or (node in self._condemned and incident.kind is FailureKind.NODE_LOST):
             return
-        charge = Charge(self._names.get(node, machine_name(node)), kind, incident.at, self._host.job.name,
-                        f"{self._host.term}.{incident.number}", incident.detail[:DETAIL_CHARS])  # fmt: skip
+        self._hold_against(node, kind, incident.at, f"{incident.number}", incident.detail)
+
+    def _hold_against(self, node: str, kind: FaultKind, at: float, number: str, detail: str) -> None:
+        charge = Charge(self._names.get(node, machine_name(node)), kind, at, self._host.job.name,
+                        f"{self._host.term}.{number}", detail[:DETAIL_CHARS])  # fmt: skip
         self._mine.append(charge)
         self._tell(charge)
 

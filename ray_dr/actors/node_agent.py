@@ -5,7 +5,8 @@ through one authenticated server (`stores.wire`); a closed connection is the fas
 
     worker      "worker" then "pool", "staged", "step", "record", "event", "heal"; the agent answers "pool" and "free"
     restore     "part", "where", "place", "read" (from anywhere); "share", "take" (by ranks of this node: `shared_fetch`)
-    peer        "hold" (a copy arrives), "mend" (a chunk of one once more)
+    peer        "hold" (a copy arrives), "mend" (a chunk of one once more); "here" (is this agent there?), "take in" (how
+                fast is the line?)
     supervisor  "watch": from then on reports flow, each with a number; "ack" lets the agent forget them
 """
 
@@ -26,7 +27,10 @@ from typing import Any
 import ray
 from blake3 import blake3
 
+from ray_dr.actors import peers
 from ray_dr.actors.beacons import Beacons
+from ray_dr.actors.examination import take_in
+from ray_dr.actors.witness import Witness
 from ray_dr.checkpoint.described import describe, parse
 from ray_dr.checkpoint.healing import Healer
 from ray_dr.checkpoint.local_disk import LocalDisk
@@ -126,12 +130,14 @@ class Agent:
         """disk: URL of the node's own directory and the job's name there; without such a tier empty."""
         self.node = node
         self.throttle, self.uploads, self.beacons = Throttle(), Uploads(), Beacons()
+        self.witness = Witness(node, token, disk, lambda: store)
         self.outbox = Outbox(self._live)
-        store = open_store(store_url)
+        store = self.witness.seen(open_store(store_url), Where.STORE)
         places: dict[Where, Callable[[], Store]] = {Where.STORE: lambda: store}
         if second_url:
-            places[Where.SECOND] = functools.cache(lambda: open_store(second_url))  # an error is not kept
-        self.disk = LocalDisk(lambda: open_store(disk[0]), disk[1], node) if disk else None
+            # An error is not kept.
+            places[Where.SECOND] = functools.cache(lambda: self.witness.seen(open_store(second_url), Where.SECOND))
+        self.disk = LocalDisk(lambda: self.witness.seen(open_store(disk[0]), Where.DISK), disk[1], node) if disk else None
         if self.disk is not None:
             on_disk = self.disk
             places[Where.DISK] = lambda: on_disk.store
@@ -150,6 +156,7 @@ class Agent:
     def close(self) -> None:
         """End the server and give the memory back."""
         self._closing = True
+        self.witness.close()
         self.throttle.hurry()
         self._server.close()
         self.shared.close()
@@ -168,7 +175,7 @@ class Agent:
 
     def _live(self) -> Callable[[], list[Header]]:
         news, beat = self.uploads.listener(), self.beacons.listener()
-        return lambda: [*beat(), *({"upload": codec.to_json(upload)} for upload in news())]
+        return lambda: [*map(self.witness.add_to, beat()), *({"upload": codec.to_json(upload)} for upload in news())]
 
     def _note(self, name: str, fields: dict[str, Any]) -> None:
         self._report(Noted(time.time(), name, {"node": self.node, **fields}), None)
@@ -185,6 +192,7 @@ class Agent:
         header, size = connection.receive()
         if header["op"] == "worker":
             self.beacons.add(header["worker"], header["beacon"], header["pid"])
+            self.witness.endings.watch(header["worker"], header["pid"])
             self._serve_worker(connection, header["worker"])
         elif header["op"] == "watch":
             if "overhead" in header:
@@ -192,6 +200,10 @@ class Agent:
             self.outbox.serve(connection)
         elif header["op"] in ("share", "take"):
             self.shared.serve(connection, header, size)
+        elif header["op"] == "here":
+            peers.answer(connection)
+        elif header["op"] == "take in":
+            take_in(connection, size)
         else:
             self._serve_peer(connection, header, size)
 
@@ -206,7 +218,8 @@ class Agent:
             self.beacons.drop(worker)
             self.vault.forget_worker(worker)
             if not self._closing:
-                self.outbox.put({"lost": worker}, urgent=True)
+                ending = self.witness.endings.of(worker)
+                self.outbox.put({"lost": worker, "how": ending.how, "oom": ending.oom}, urgent=True)
 
     def _from_worker(self, connection: Connection, worker: str, header: Header) -> None:
         match header["op"]:
@@ -434,6 +447,18 @@ class NodeAgent:
     def abandoned(self, version: Any) -> None:
         """A version will never be whole: a rank has not saved its part."""
         self._agent.vault.abandoned(codec.from_json(VersionId, version))
+
+    def examine(self, peer: str, long: bool) -> Any:
+        """This node's figures (JSON of model.preflight.Figures); `peer`: the address of another node's agent, or empty."""
+        return codec.to_json(self._agent.witness.examination.run(peer, long=long))
+
+    def clock(self) -> float:
+        """This node's wall clock, UTC seconds."""
+        return time.time()
+
+    def ask_peers(self, peers: dict[str, str]) -> None:
+        """Ask these agents, by name, at their addresses, for signs of life from now on."""
+        self._agent.witness.peers.ask(peers)
 
     def keep_on_disk(self, versions: Any) -> None:
         """Only these versions, and newer ones, stay on the node's disk."""

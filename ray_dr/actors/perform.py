@@ -9,9 +9,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any, assert_never
 
-from ray_dr.actors import cluster
+from ray_dr.actors import cluster, deaths
 from ray_dr.actors.adopting import Found, find_living
 from ray_dr.actors.forming import AgentRef, Forming, WorkerRef, domain_of
+from ray_dr.actors.peers import Ring
+from ray_dr.actors.preflight import Preflight
+from ray_dr.actors.sensing import short
 from ray_dr.actors.watch import Watch
 from ray_dr.errors import CheckpointError, ClusterError, Fenced, StoreError
 from ray_dr.model import codec
@@ -60,6 +63,7 @@ class Performer:
         self._workers: dict[str, WorkerRef] = {}
         self._coming: dict[str, float] = {}
         self._incarnation: dict[str, int] = {}
+        self._ring, self._preflight = Ring(), Preflight(host)
         self._pool = ThreadPoolExecutor(THREADS, "perform")
         self._closing = threading.Event()
         self.forming = Forming(host, self._agents, self._workers)
@@ -76,6 +80,11 @@ class Performer:
         """The node of a worker, if it is known."""
         ref = self._workers.get(worker)
         return ref.node if ref else None
+
+    def ask_death(self, worker: str) -> None:
+        """What Ray says of the end of a worker goes to the journal."""
+        if (ref := self._workers.get(worker)) is not None:
+            deaths.ask(self._host, worker, ref.node, ref.handle, self._pool)
 
     def has(self, node: str) -> bool:
         """Whether a node's agent is one of the job's."""
@@ -157,6 +166,7 @@ class Performer:
         has taken the agents over (each listens to one supervisor), a newer one elsewhere wants none of them."""
         fenced = self._closing.is_set()
         self._closing.set()
+        self._preflight.close()
         agents, workers = tuple(self._agents.values()), tuple(self._workers.values())
         for agent in agents:
             agent.watch.close()
@@ -249,6 +259,14 @@ class Performer:
         watch = Watch(node, said["address"], self._token, silent_s=self._job.recovery.silent_s, heard=self._host.heard,
                       overhead=self._job.overhead, rpo_s=self._job.rpo_s, lost=self._node_lost)  # fmt: skip
         self._agents[node] = AgentRef(node, handle, said["address"], watch, domain_of(said["labels"]))
+        self._introduce()
+        self._preflight.came(node, handle, said["address"])
+
+    def _introduce(self) -> None:
+        """Who asks whom for signs of life, now that a node came or went."""
+        agents = {short(agent.node): agent for agent in tuple(self._agents.values())}
+        addresses = {name: agent.address for name, agent in agents.items()}
+        self._ring.close_up(addresses, lambda name, asks: agents[name].handle.ask_peers.remote(asks))
 
     def lose_node(self, node: str, how: str) -> None:
         """A node is taken for lost although its connection stands."""
@@ -261,6 +279,8 @@ class Performer:
         self._host.machines.lost(node)
         self._host.lost(node, how)
         if agent is not None:
+            self._preflight.went(node)
+            self._introduce()
             self._pool.submit(self._bury, node, agent)
 
     def _bury(self, node: str, agent: AgentRef) -> None:
@@ -274,6 +294,8 @@ class Performer:
         agent = self._agents.pop(node, None)
         if agent is not None:
             agent.watch.close()
+            self._preflight.went(node)
+            self._introduce()
             self._bury(node, agent)
 
     # -- workers

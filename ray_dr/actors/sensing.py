@@ -19,16 +19,20 @@ from ray_dr.model.recovery import Group
 from ray_dr.model.signal import (
     Beacon,
     Closed,
+    Exit,
     FaultKind,
     Finding,
     Formed,
     Member,
     Now,
+    Peer,
     Raised,
     Released,
     Report,
     Sample,
     StepDone,
+    StoreSeen,
+    Xid,
 )
 
 if TYPE_CHECKING:
@@ -47,7 +51,7 @@ class Senses:
 
     def __init__(self, host: Host) -> None:
         self._host = host
-        self._detection = Detection()
+        self._detection = self._begin()
         self._group: Formed | None = None
         self._at = 0.0
         self._nodes: dict[str, str] = {}
@@ -62,18 +66,25 @@ class Senses:
         """A sign of life of a node's agent, with its workers' beacons."""
         name = self._name(node)
         beacons = codec.from_json(tuple[Beacon, ...], message["beacons"])
-        self._take(Report(self._at, name, message["beat"], beacons))
+        peers = codec.from_json(tuple[Peer, ...], message.get("peers", ()))
+        xids = codec.from_json(tuple[Xid, ...], message.get("xids", ()))
+        stores = codec.from_json(tuple[StoreSeen, ...], message.get("stores", ()))
+        self._take(Report(self._at, name, message["beat"], beacons, peers, stores=stores, xids=xids))
 
     def stepped(self, record: StepRecord) -> None:
         """A rank has done a step."""
         loss, grad_norm = record.logs.get("loss"), record.logs.get("grad_norm")
         finite = all(math.isfinite(value) for value in (loss, grad_norm) if value is not None)
-        self._take(StepDone(self._at, record.rank, record.attempt, record.step, record.took_s, loss=loss,
-                            grad_norm=grad_norm, finite=finite))  # fmt: skip
+        self._take(StepDone(self._at, record.rank, record.attempt, record.step, record.took_s, record.arrived_s,
+                            loss=loss, grad_norm=grad_norm, finite=finite))  # fmt: skip
 
     def raised(self, event: WorkerRaised) -> None:
         """`train` left by an exception on a rank."""
         self._take(Raised(self._now(), event.worker, event.attempt, event.step, event.error, event.collateral))
+
+    def exited(self, node: str, worker: str, how: str, *, oom: bool) -> None:
+        """A worker's process has ended, and nobody had asked for it."""
+        self._take(Report(self._now(), self._name(node), 0.0, exits=(Exit(worker, how, oom),)))
 
     def closed(self, node: str) -> None:
         """The connection to a node's agent is gone."""
@@ -104,6 +115,9 @@ class Senses:
             self._take(Now(now))
             self._end_hang(now)
 
+    def _begin(self) -> Detection:
+        return Detection(shadow=self._host.job.detection.shadow, off=self._host.job.detection.off)
+
     def _name(self, node: str) -> str:
         name = short(node)
         self._nodes[name] = node
@@ -118,7 +132,7 @@ class Senses:
             found = self._detection.observe(sample)
         except Exception as error:  # a supervisor that ended of it would hear the same again, and end again
             self._host.note("detection.failed", error=repr(error), sample=type(sample).__name__)
-            self._detection, found = Detection(), ()
+            self._detection, found = self._begin(), ()
             if self._group is not None and sample is not self._group:
                 self._take(replace(self._group, at=self._at))
         for finding in found:
@@ -132,10 +146,25 @@ class Senses:
             case FaultKind.NODE_FROZEN if finding.stage == "confirmed" and not finding.shadow:
                 for subject in finding.subjects:
                     self._host.perform.lose_node(self._nodes.get(subject.node, ""), finding.evidence)
+            case FaultKind.NETWORK_CUT if finding.stage == "confirmed" and not finding.shadow:
+                self._cut(finding)
+            case FaultKind.STRAGGLER if finding.stage == "confirmed" and not finding.shadow:
+                for subject in finding.subjects:
+                    self._host.machines.hold_slow(self._nodes.get(subject.node, ""), finding.evidence)
             case FaultKind.HANG:
                 self._hung = finding if finding.stage == "confirmed" and not finding.shadow else None
             case _:
                 pass
+
+    def _cut(self, finding: Finding) -> None:
+        """The smaller side is given up, and not taken again at once: Ray may well reach it. Where nobody can say which side is
+        at fault, or all would be lost, what hangs or breaks of it tells more."""
+        if finding.numbers.get("others", 0.0) <= len(finding.subjects):
+            return
+        for subject in finding.subjects:
+            node = self._nodes.get(subject.node, "")
+            self._host.machines.condemn(node, finding.kind, finding.evidence)
+            self._host.perform.lose_node(node, finding.evidence)
 
     def _end_hang(self, now: float) -> None:
         """What hangs is given as long as the job's owner says, and then ended."""

@@ -230,6 +230,8 @@ def happened(account: Account) -> str:
             return f"{who} held wrong parameters"
         case K.STORAGE:
             return f"a store gave {who} trouble"
+        case K.PREFLIGHT:
+            return f"{who} was found bad when it came"
         case _ as never:
             assert_never(never)
 

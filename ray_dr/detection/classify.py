@@ -41,6 +41,7 @@ class Rule:
 
 RULES = (
     Rule((K.PREEMPTION,), (*LOST, K.PROCESS_GONE), "node", "the node was to be taken away"),
+    Rule((K.PREFLIGHT,), (*LOST, K.PROCESS_GONE, K.STRAGGLER), "node", "the node was found bad when it came"),
     Rule((K.NETWORK_CUT,), (K.NODE_FROZEN, K.NODE_GONE), "node", "the node is cut off, and others hear it"),
     Rule((K.NODE_FROZEN,), (K.NODE_GONE,), "node", "the node had frozen before"),
     Rule(LOST, (K.PROCESS_GONE, K.EXCEPTION, K.STORAGE), "node", "its node is lost"),

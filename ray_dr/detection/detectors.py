@@ -52,15 +52,18 @@ class Detection:
     """One job's detectors.
 
     shadow   names of detectors that are on trial: their findings are marked, so that nobody acts on them
+    off      names of detectors that are not asked
     Raises ConfigError for a name that no detector has.
     """
 
-    def __init__(self, *, shadow: Collection[str] = ()) -> None:
-        self._detectors: Sequence[Detector] = tuple(detector() for detector in DETECTORS)
-        names = [detector.name for detector in self._detectors]
-        unknown = sorted(set(shadow) - set(names))
-        if unknown:
-            raise ConfigError(f"no detector is named {unknown[0]!r}", key="recovery.shadow", remedy=f"one of {', '.join(names)}")
+    def __init__(self, *, shadow: Collection[str] = (), off: Collection[str] = ()) -> None:
+        everyone: Sequence[Detector] = tuple(detector() for detector in DETECTORS)
+        names = [detector.name for detector in everyone]
+        for key, given in (("detection.shadow", shadow), ("detection.off", off)):
+            unknown = sorted(set(given) - set(names))
+            if unknown:
+                raise ConfigError(f"no detector is named {unknown[0]!r}", key=key, remedy=f"one of {', '.join(names)}")
+        self._detectors = tuple(detector for detector in everyone if detector.name not in off)
         self._shadow = frozenset(shadow)
         self._hearers: dict[type, tuple[Detector, ...]] = {}
         self._attempt, self._world = 0, 0

@@ -28,6 +28,7 @@ class NetworkCut:
     Between peers: the nodes that the head hears fall into islands by who answers whom. Those off the largest island are
     cut off; where islands are equally large nobody can tell, and all are named. A broken line between two nodes that
     share an island names both. From the head: a silent node whose answers to its peers are younger than its silence.
+    `numbers["others"]`: how many are on the other side, 0 where nobody can say which side is at fault.
 
     Delay: 2.5 s between peers (1.5 s without an answer, lasting 1 s), 2 s from the head.
     False alarms: an agent would have to fail to answer for 2.5 s while it reports every 0.25 s all along: two threads
@@ -59,7 +60,11 @@ class NetworkCut:
 
     def _report(self, report: Report) -> None:
         self._hearing.heard(report.node, report.at)
-        if not report.peers and report.node not in self._lines:
+        asked = {peer.node for peer in report.peers}
+        for pair in [pair for pair in self._broken if pair[0] == report.node and pair[1] not in asked]:
+            del self._broken[pair]
+        if not asked:
+            self._lines.pop(report.node, None)
             return
         self._lines[report.node] = {peer.node: report.at - peer.age_s for peer in report.peers}
         for peer in report.peers:
@@ -73,34 +78,34 @@ class NetworkCut:
         return at - self._hearing.heard_at.get(node, -FRESH_S) <= FRESH_S
 
     def _judge(self, at: float) -> Iterator[Finding]:
-        found = dict(self._between_peers(at)) if self._broken else {}
+        found = {names: (since, evidence, others) for names, since, evidence, others in self._between_peers(at)}
         for node, heard_at in self._hearing.heard_at.items():
             if at - heard_at > HEAD_DEAF_S:
                 found.update(self._from_head(node, heard_at, at))
-        for names, (since, evidence) in found.items():
+        for names, (since, evidence, others) in found.items():
             if names not in self._told:
-                yield self._tell(names, at, since, evidence)
+                yield self._tell(names, at, since, evidence, others)
         for names in [names for names in self._told if names not in found]:
             told = self._told.pop(names)
             evidence = f"{_list(names)}: can be reached again, or is gone"
             yield Finding(self.name, told.kind, told.subjects, at, told.since, evidence, stage="withdrawn")
 
-    def _tell(self, names: frozenset[str], at: float, since: float, evidence: str) -> Finding:
+    def _tell(self, names: frozenset[str], at: float, since: float, evidence: str, others: int) -> Finding:
         subjects = tuple(Subject(name) for name in sorted(names))
-        numbers = {"lasted_s": at - since, "nodes": float(len(names))}
+        numbers = {"lasted_s": at - since, "nodes": float(len(names)), "others": float(others)}
         finding = Finding(self.name, FaultKind.NETWORK_CUT, subjects, at, since, evidence, numbers=numbers)
         self._told[names] = finding
         return finding
 
-    def _from_head(self, node: str, heard_at: float, at: float) -> dict[frozenset[str], tuple[float, str]]:
+    def _from_head(self, node: str, heard_at: float, at: float) -> dict[frozenset[str], tuple[float, str, int]]:
         hear = [
             peer for peer, answers in self._lines.items()
             if self._fresh(peer, at) and answers.get(node, 0.0) > max(heard_at + AFTERWARDS_S, at - DEAF_S)
         ]  # fmt: skip
         evidence = f"node {node} has told the head nothing for {at - heard_at:.2f} s, but answers {len(hear)} peers"
-        return {frozenset((node,)): (heard_at, evidence)} if hear else {}
+        return {frozenset((node,)): (heard_at, evidence, len(hear) + 1)} if hear else {}
 
-    def _between_peers(self, at: float) -> Iterator[tuple[frozenset[str], tuple[float, str]]]:
+    def _between_peers(self, at: float) -> Iterator[tuple[frozenset[str], float, str, int]]:
         broken = {
             pair: since for pair, since in self._broken.items()
             if at - since >= LASTS_S and all(self._fresh(node, at) for node in pair)
@@ -112,22 +117,24 @@ class NetworkCut:
         largest = [island for island in islands if len(island) == len(islands[0])]
         if len(islands) > len(largest) == 1:
             for island in islands[1:]:
-                yield island, (since, f"{_list(island)}: heard by the head, cut off from {len(islands[0])} others")
+                others = len(islands[0])
+                yield island, since, f"{_list(island)}: heard by the head, cut off from {others} others", others
         elif len(islands) > 1:
             everybody = frozenset().union(*islands)
-            yield everybody, (since, f"{_list(everybody)}: heard by the head, but not by each other; nobody can say whose")
+            evidence = f"{_list(everybody)}: heard by the head, but not by each other; nobody can say whose"
+            yield everybody, since, evidence, 0
         else:
             for pair in {frozenset(pair) for pair in broken}:
-                yield pair, (since, f"{_list(pair)}: do not reach each other, though others reach both")
+                yield pair, since, f"{_list(pair)}: do not reach each other, though others reach both", 0
 
     def _islands(self, at: float) -> list[frozenset[str]]:
-        """The nodes that have a say, put together along the lines that answered lately: what breaks at once is not seen to
-        break at once."""
+        """The nodes that have a say, put together along the lines that answered lately, of those that ask each other in either
+        direction: what breaks at once is not seen to break at once, and a question needs both directions anyway."""
         island = {node: {node} for node in self._lines if self._fresh(node, at)}
         for one, answers in self._lines.items():
             for other, answered_at in answers.items():
                 back_at = self._lines.get(other, {}).get(one, answered_at)
-                whole = at - min(answered_at, back_at) <= DEAF_S
+                whole = at - max(answered_at, back_at) <= DEAF_S
                 if whole and one in island and other in island and island[one] is not island[other]:
                     island[one] |= island[other]
                     for node in island[other]:

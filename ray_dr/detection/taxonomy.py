@@ -91,4 +91,7 @@ FAULTS: dict[FaultKind, Fault] = {
     FaultKind.STORAGE: Fault(
         Budget.INFRASTRUCTURE, "save to the other places meanwhile; look at the store's space, rights and service"
     ),
+    FaultKind.PREFLIGHT: Fault(
+        Budget.INFRASTRUCTURE, "take another node; look at what the examination found before this one is used again"
+    ),
 }  # fmt: skip

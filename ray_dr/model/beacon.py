@@ -13,14 +13,13 @@ from ray_dr.model.signal import Beacon, WorkerPhase
 MEMFD_NAME = "ray-dr-beacon"
 SIZE = 64
 PHASES = tuple(WorkerPhase)
-_COUNT, _WORDS = struct.Struct("=Q"), struct.Struct("=6q")
+_COUNT, _WORDS, _ALL = struct.Struct("=Q"), struct.Struct("=6q"), struct.Struct("=Q6q")
 TRIES = 8
 
 
 def pack_into(view: memoryview, count: int, attempt: int, rank: int, step: int, phase: int, collective: int, since: int) -> None:
     """Write a beacon; `count` is even and grows by two each time."""
-    _COUNT.pack_into(view, 0, count - 1)
-    _WORDS.pack_into(view, _COUNT.size, attempt, rank, step, phase, collective, since)
+    _ALL.pack_into(view, 0, count - 1, attempt, rank, step, phase, collective, since)
     _COUNT.pack_into(view, 0, count)
 
 

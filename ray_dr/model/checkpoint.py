@@ -69,6 +69,8 @@ class StepRecord:
     ranges   half-open runs [first, last) of positions in the job's global sample stream, in the order used
     digest   hex BLAKE2b-8 over the dataset indices handed to the program, 8 bytes little-endian each
     took_s   seconds between this step's start and its end on this rank
+    arrived_s   seconds from its start until this rank had all gradients of its own, and had but to wait for the others'; None:
+             not known, or no measure of this rank, as ranks have unequal shares
     """
 
     attempt: int
@@ -79,6 +81,7 @@ class StepRecord:
     digest: str
     took_s: float
     logs: dict[str, float] = field(default_factory=dict)
+    arrived_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True, order=True)

@@ -101,6 +101,27 @@ class Recovery:
     the middle of a step that does not say so (`ctx.evaluating`) looks the same."""
 
 
+DETECTORS = (
+    "process_gone", "node_gone", "node_frozen", "network_cut", "hang", "straggler", "non_finite", "loss_spike", "corruption",
+    "preemption", "exceptions", "out_of_memory", "storage", "gpu",
+)  # fmt: skip
+"""Names of the detectors, as a job's spec says them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Detecting:
+    """How a job watches itself.
+
+    shadow      detectors on trial: what they find is recorded and marked, and nobody acts on it
+    off         detectors that are not asked at all
+    preflight   whether a node is measured when it comes, and not kept if it is far worse than the others
+    """
+
+    shadow: tuple[str, ...] = ()
+    off: tuple[str, ...] = ()
+    preflight: bool = True
+
+
 @dataclass(frozen=True, slots=True)
 class Job:
     """One training program's spec. `name` is what it resumes by."""
@@ -123,3 +144,4 @@ class Job:
     settings: dict[str, str | int | float | bool] = field(default_factory=dict)
     """The program's own values, as `ctx.settings`."""
     backend: Literal["auto", "gloo", "nccl"] = "auto"
+    detection: Detecting = Detecting()

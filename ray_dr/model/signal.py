@@ -252,6 +252,8 @@ class FaultKind(StrEnum):
     LOSS_SPIKE = "loss_spike"
     CORRUPTION = "corruption"
     STORAGE = "storage"
+    PREFLIGHT = "preflight"
+    """A node that was found bad when it came."""
 
 
 @dataclass(frozen=True, slots=True)

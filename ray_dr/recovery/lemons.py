@@ -44,6 +44,7 @@ SHARE_MOST = 0.1
 WEIGHTS: Mapping[FaultKind, float] = {
     FaultKind.GPU_FAULT: 5.0,
     FaultKind.CORRUPTION: 5.0,
+    FaultKind.PREFLIGHT: 3.0,
     FaultKind.NODE_GONE: 2.0,
     FaultKind.NODE_FROZEN: 2.0,
     FaultKind.NETWORK_CUT: 2.0,

@@ -18,6 +18,7 @@ import contextlib
 import datetime
 import os
 import socket
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -140,6 +141,32 @@ def _shutdown(fd: int) -> bool:
     return True
 
 
+class Arrival:
+    """When this rank had all its own gradients in a step: then it has but to wait for the others.
+
+    Seen at the parameter whose gradient comes last in a backward pass, which is the module's first; what sums gradients over
+    ranks meanwhile (DDP's buckets) does not hold the pass up. Parameters on a GPU tell nothing: their gradients are only
+    on their way then.
+    """
+
+    def __init__(self) -> None:
+        self.at: float | None = None
+
+    def watch(self, module: nn.Module) -> None:
+        """Look at this module's backward passes."""
+        first = next((parameter for parameter in module.parameters() if parameter.requires_grad), None)
+        if first is not None and first.device.type == "cpu":
+            first.register_post_accumulate_grad_hook(self._come)  # type: ignore[no-untyped-call]
+
+    def since(self, begun: float) -> float | None:
+        """Seconds from `begun` (monotonic) until the last pass had all gradients; None: there was none since."""
+        at, self.at = self.at, None
+        return round(at - begun, 6) if at is not None and at >= begun else None
+
+    def _come(self, parameter: torch.Tensor) -> None:
+        self.at = time.monotonic()
+
+
 # ------------------------------------------------------------------------------------------------- summing gradients
 
 
@@ -158,9 +185,12 @@ class Reducer:
         self._ddp: list[DistributedDataParallel] = []
         self._sharded: list[FSDPModule] = []
         self._local: list[nn.Module] = []
+        self.arrival = Arrival()
 
     def attach(self, module: nn.Module) -> None:
         """Hook into DDP or FSDP2. A plain module is handled on one rank and left to the program on several."""
+        if isinstance(module, DistributedDataParallel) and self.even and not self.deterministic:
+            self.arrival.watch(module)
         if isinstance(module, DistributedDataParallel) and self.even and not self.deterministic:
             return  # the plain mean over ranks is right already, and DDP's own reduction makes one pass less
         if isinstance(module, DistributedDataParallel):

@@ -118,6 +118,7 @@ class Context:
         self._flattener = Flattener(assignment.rank, assignment.world)
         self._data: Data | None = None
         self._logs: dict[str, float] = {}
+        self._arrived_s: float | None = None
         self._window: list[StepRecord] = []
         self._unsaved = assignment.origin_wanting
         self.settings = dict(assignment.settings)
@@ -188,6 +189,7 @@ class Context:
                 self._link.beacon.enter(WorkerPhase.COMPUTE)
                 yield batch
                 took_s = time.monotonic() - begun - self._fence.take_held_up()
+                self._arrived_s = self._reducer.arrival.since(begun)
                 self._finish(state, slices, indices, took_s, last=state.step + 1 >= until)
         finally:
             self._link.beacon.enter(WorkerPhase.SETUP, state.step)  # what comes behind the steps has no usual time
@@ -259,7 +261,9 @@ class Context:
         ranges = tuple((piece.first, piece.last) for piece, _ in used)
         witness = elastic.witness([index for _, chosen in used for index in chosen])
         logs, self._logs = self._logs, {}
-        record = StepRecord(self._a.attempt, step, self._a.rank, self._a.world, ranges, witness, took_s, logs)
+        record = StepRecord(
+            self._a.attempt, step, self._a.rank, self._a.world, ranges, witness, took_s, logs, self._arrived_s
+        )
         self._window = [*self._window[-RECORD_WINDOW + 1 :], record]
         self._link.step(record, time.time())
 

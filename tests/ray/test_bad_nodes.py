@@ -40,6 +40,10 @@ def test_a_replacement_lands_neither_on_the_lost_node_nor_on_one_that_others_had
     running = jobs.start(replicated, jobs.held("picky", url, STEPS, nodes=(1, 1, 1)))
     first = running.wait_for_step(30)
     (lost,) = first["nodes"]
+    examined = lambda: [r for r in running.records() if isinstance(r, Noted) and r.name == "node.examined"]  # noqa: E731
+    jobs.until(lambda: lost in [note.fields["node"] for note in examined()], "its examination")
+    assert {"compute", "memory", "disk", "store"} <= set(examined()[0].fields["costs"])
+    assert not examined()[0].fields["troubles"]
     (agent,) = [name for name in ray_side.actors_of("picky") if name.startswith("agent:")]
     handle = ray_side.actor(agent)
     assert handle is not None

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from ray_dr.actors import sensing
+from ray_dr.actors.sensing import Senses
 from ray_dr.detection.classify import classify
 from ray_dr.detection.detectors import Detection
 from ray_dr.detection.robust import quantile
-from ray_dr.model.signal import FaultKind, Finding, WorkerPhase
+from ray_dr.model import codec
+from ray_dr.model.checkpoint import StepRecord
+from ray_dr.model.job import Job, StoreTier
+from ray_dr.model.recovery import Group
+from ray_dr.model.signal import FaultKind, Finding, Report, StepDone, WorkerPhase
 from tests.simulation.training_world import World
 
 HOUR_S = 3600.0
@@ -37,8 +45,9 @@ def begin(world: World, seconds: float = WARM_S) -> Detection:
         (World(seed=4, step_s=1.0, shards=2), 5.0),
         (World(seed=7, step_s=0.4, nodes=2, per_node=1), 5.0),
         (World(seed=8, step_s=0.6, common=0.02, own=0.02), 1.0),
+        (World(seed=5, step_s=0.8, nodes=8, per_node=8), 5.0),
     ],
-    ids=["short steps", "ranks differ", "long steps", "two nodes", "calm"],
+    ids=["short steps", "ranks differ", "long steps", "two nodes", "calm", "64 ranks"],
 )
 def test_an_undisturbed_hour_has_no_finding(world: World, jitter: float) -> None:
     """Nothing, not even a suspicion. (Of a hang one is to be expected in two to six such hours, as `Hang` says, because it must
@@ -46,6 +55,40 @@ def test_an_undisturbed_hour_has_no_finding(world: World, jitter: float) -> None
     begin(world, HOUR_S)
     p99 = quantile(world.steps_s, 0.99) / quantile(world.steps_s, 0.5)
     assert 0.8 * jitter < p99 < 1.3 * jitter, "the jitter is not what the promise is about"
+
+
+@pytest.mark.parametrize("seed", [21, 22])
+def test_nor_has_it_one_as_a_supervisor_hears_it(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports, peers' answers and steps' records by the way they really take, in virtual time; and nobody is given up. (A rank
+    suspected of hanging, as `Hang` says of itself, and acquitted: in one of these half hours there is one.)"""
+    world = World(seed, step_s=0.4, digits=12)
+    monkeypatch.setattr(sensing, "time", SimpleNamespace(monotonic=lambda: world.at, time=lambda: world.at))
+    notes: list[Any] = []
+    acts: list[object] = []
+    host = SimpleNamespace(
+        job=Job("calm", StoreTier("memory://calm")), note=lambda name, **fields: notes.append({"name": name, **fields}),
+        perform=None, machines=None, decide=acts.append,
+    )  # fmt: skip
+    senses = Senses(host)  # type: ignore[arg-type]
+    senses.formed(Group(1, tuple(world.worker(rank) for rank in range(world.world)), None))
+    for sample in world.run(HOUR_S / 2):
+        match sample:
+            case Report():
+                senses.receive(sample.at)
+                said = {"beacons": codec.to_json(sample.beacons), "peers": codec.to_json(sample.peers)}
+                senses.beat(sample.node, {"beat": sample.clock, **said})
+            case StepDone():
+                logs = {"loss": sample.loss or 0.0, "grad_norm": sample.grad_norm or 0.0}
+                senses.stepped(
+                    StepRecord(1, sample.step, sample.rank, world.world, (), "", sample.took_s, logs, sample.arrived_s)
+                )
+            case _:
+                senses.look()
+    assert acts == []
+    assert {(note["name"], note["kind"]) for note in notes} <= {("finding", "hang")}
+    assert [note["stage"] for note in notes] == ["suspected", "withdrawn"] * (len(notes) // 2)
+    assert len(notes) <= 2
+    assert world.step > 1000
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,8 @@ class World:
     common: float = 0.95
     own: float = 0.15
     shards: int = 1
+    digits: int = 0
+    """Of the nodes' names: with twelve a name is its own short form."""
 
     frozen: set[str] = field(default_factory=set)
     cut_from_head: set[str] = field(default_factory=set)
@@ -61,7 +63,7 @@ class World:
 
     def __post_init__(self) -> None:
         self.dice = random.Random(self.seed)
-        self.names = [f"n{number}" for number in range(self.nodes)]
+        self.names = [f"n{number:0{self.digits}}" for number in range(self.nodes)]
         self.world = self.nodes * self.per_node
         self.attempt, self.step = 1, 0
         self._offset = {name: self.dice.uniform(0, 1e5) for name in self.names}

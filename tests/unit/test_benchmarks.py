@@ -36,7 +36,7 @@ from ray_dr.stores.memory import MemoryStore
 ROOT = Path(__file__).parents[2]
 
 
-FRONT_ENDS = ("recovery", "overhead", "save", "restore", "incremental", "stores", "campaign")
+FRONT_ENDS = ("recovery", "overhead", "save", "restore", "incremental", "stores", "campaign", "beacon")
 ASK = """
 import contextlib, io, json, runpy, sys
 said = {}

@@ -14,6 +14,7 @@ from ray_dr.actors.sensing import Senses, short
 from ray_dr.model import codec
 from ray_dr.model.checkpoint import StepRecord
 from ray_dr.model.events import Event, Hung
+from ray_dr.model.job import Detecting
 from ray_dr.model.recovery import Group
 from ray_dr.model.signal import Beacon, WorkerPhase
 
@@ -28,6 +29,7 @@ class Stage:
     """A host of which only what the senses use is there; its time goes as the test says."""
 
     hang_s: float = 0.0
+    detecting: Detecting = field(default_factory=Detecting)
     now: float = 1000.0
     notes: list[dict[str, Any]] = field(default_factory=list)
     decided: list[Event] = field(default_factory=list)
@@ -36,7 +38,7 @@ class Stage:
 
     def __post_init__(self) -> None:
         self.group = Group(1, WORKERS, None)
-        self.job = SimpleNamespace(recovery=SimpleNamespace(hang_s=self.hang_s))
+        self.job = SimpleNamespace(recovery=SimpleNamespace(hang_s=self.hang_s), detection=self.detecting)
         self.progress = self
         self.perform = SimpleNamespace(lose_node=lambda node, how: self.lost.append((node, how)))
         self.senses = Senses(self)  # type: ignore[arg-type]
