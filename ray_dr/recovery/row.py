@@ -8,6 +8,7 @@ memory, not a state: of any other row it is found out anew, and the answers are 
 from __future__ import annotations
 
 import itertools
+from bisect import bisect_left
 from collections import Counter
 
 from ray_dr.model.recovery import Node
@@ -44,7 +45,16 @@ class Row:
         return sum(count for ready, count in self.ready.items() if ready < workers)
 
 
+class Ranks:
+    """The rank of each worker of `order`."""
+
+    def __init__(self, order: tuple[str, ...]) -> None:
+        self.order = order
+        self.of = {worker: rank for rank, worker in enumerate(order)}
+
+
 _newest = Row(())
+_ranks = Ranks(())
 
 
 def row_of(nodes: Nodes) -> Row:
@@ -53,3 +63,15 @@ def row_of(nodes: Nodes) -> Row:
     if _newest.nodes is not nodes or not nodes:  # of all jobs the empty row is the same
         _newest = Row(nodes)
     return _newest
+
+
+def place_of(worker: str, row: tuple[str, ...], order: tuple[str, ...]) -> int | None:
+    """Where a worker stands in a row, which most often is in the order of the ranks in `order`; None where it does not."""
+    global _ranks
+    if _ranks.order is not order:
+        _ranks = Ranks(order)
+    of = _ranks.of
+    at = bisect_left(row, of.get(worker, -1), key=lambda other: of.get(other, -1))
+    if at < len(row) and row[at] == worker:
+        return at
+    return row.index(worker) if worker in row else None
