@@ -2,9 +2,9 @@
 
 Settings: `steps`; `pace`, seconds per step; `hold_from`, the step from which one takes HELD times as long until the file
 `gate` is there, and then no time at all. A fault is planned by `where` (step, loader, save, restore), `deed` (raise,
-sys-exit, exit, kill, hang, slow), `world` (the least size of the group) and `armed`, a file: the last rank, when it comes to
-the place, takes it away, leaves `<armed>.taken` with the time, and does the deed. `always` is a step that raises whenever it
-comes.
+sys-exit, exit, kill, hang, wait, slow), `world` (the least size of the group) and `armed`, a file: the last rank, when it
+comes to the place, takes it away, leaves `<armed>.taken` with the time, and does the deed. `always` is a step that raises
+whenever it comes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ray_dr import Context
 
 HELD = 10
-SLOW_STEPS, SLOW_S = 20, 0.3
+SLOW_STEPS, SLOW_S, WAIT_S = 20, 0.3, 5.0
 
 
 class Planned:
@@ -70,6 +70,8 @@ class Planned:
                 os.kill(os.getpid(), signal.SIGKILL)
             case "hang":
                 time.sleep(3600)
+            case "wait":
+                time.sleep(WAIT_S)
             case "slow":
                 self._slow_left = SLOW_STEPS
             case other:

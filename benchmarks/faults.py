@@ -42,6 +42,8 @@ class Kind:
     ends         how the job must end
     settings, recovery   of the job, beside the usual ones
     s3           the job's store is the S3 server, not a directory
+    disk         it saves to the nodes' own disks too
+    untold       there may be no incident either, as those who would have told of one are gone
     """
 
     name: str
@@ -54,6 +56,8 @@ class Kind:
     recovery: Mapping[str, float] = field(default_factory=dict)
     s3: bool = False
     quick: bool = False
+    disk: bool = False
+    untold: bool = False
 
 
 # ------------------------------------------------------------------------------------------------------------ processes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import mmap
 import os
 import random
 import signal
@@ -24,11 +25,12 @@ from ray_dr.actors import cluster as names
 from ray_dr.actors import launch
 from ray_dr.actors.local_cluster import LocalCluster
 from ray_dr.errors import StoreError
-from ray_dr.model import codec
+from ray_dr.model import beacon, codec
 from ray_dr.model.actions import FormGroup
 from ray_dr.model.events import FirstStep
 from ray_dr.model.job import Job
 from ray_dr.model.journal import Decided, Noted, Record
+from ray_dr.model.signal import WorkerPhase
 from ray_dr.stores.open import open_store
 from ray_dr.telemetry.journal import Reader
 from tests.ray import jobs
@@ -61,6 +63,8 @@ class Scene:
     struck_at: float = 0.0
     proof: list[str] = field(default_factory=list)
     """What was seen of the fault taking effect."""
+    undo: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    """What was made of the machine for this case; undone last."""
     _read: list[Record] = field(default_factory=list)
     _reader: Reader | None = None
     _doomed: list[int] = field(default_factory=list)
@@ -229,6 +233,23 @@ class Scene:
             self.server.forgive()
         self.strike(f"{times - fault.times} requests met it")
 
+    def kill_in_phase(self, pid: int, phase: WorkerPhase) -> None:
+        """SIGKILL to a worker that its beacon says to be in a phase: it is stopped there first, and looked at again."""
+        with _beacon(pid) as view:
+            deadline = time.monotonic() + WAIT_S
+            while time.monotonic() < deadline:
+                if (seen := beacon.read(view)) is None or seen.phase is not phase:
+                    continue
+                _signal(pid, signal.SIGSTOP)
+                self.until(lambda: _state(pid) == "T", f"the halt of {pid}")
+                seen = beacon.read(view)
+                if seen is not None and seen.phase is phase:
+                    self.kill(pid)
+                    self.strike(f"in phase {phase} of step {seen.step}")
+                    return
+                _signal(pid, signal.SIGCONT)
+        raise Unseen(f"worker {pid} was never met in phase {phase}")
+
     def clean_stopped(self) -> None:
         """End what was stopped, or started beside."""
         for pid in self._doomed:
@@ -246,6 +267,19 @@ class Scene:
                 names.kill(handle)
         if "running" in vars(self):
             self.running.thread.join(WAIT_S)
+        self.undo.close()
+
+
+@contextlib.contextmanager
+def _beacon(pid: int) -> Iterator[memoryview]:
+    """What a worker says of itself to its node's agent; outlives it."""
+    for entry in os.scandir(f"/proc/{pid}/fd"):
+        if os.readlink(entry.path).startswith(f"/memfd:{beacon.MEMFD_NAME} "):
+            with (open(entry.path, "rb") as file, mmap.mmap(file.fileno(), beacon.SIZE, prot=mmap.PROT_READ) as held,
+                  memoryview(held) as view):  # fmt: skip
+                yield view
+            return
+    raise Unseen(f"worker {pid} has no beacon")
 
 
 def _signal(pid: int, number: int) -> None:

@@ -26,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -210,10 +210,15 @@ class LocalCluster:
         ]
         return sorted(found, key=lambda node: (node.node_id != self._head_id, node.node_id))
 
-    def add_node(self, cpus: float = 1.0, *, labels: Mapping[str, str] | None = None) -> LocalNode:
-        """Start one more node, outside the autoscaler's books, and wait until it has joined."""
+    def add_node(self, cpus: float = 1.0, *, labels: Mapping[str, str] | None = None, within: Sequence[str] = (),
+                 ip: str = "") -> LocalNode:  # fmt: skip
+        """Start one more node, outside the autoscaler's books, and wait until it has joined.
+
+        within, ip   a command that its own is run by (`ip netns exec NAME`), and the address the node has there
+        """
         node_id = secrets.token_hex(28)
-        command = [sys.executable, "-m", "ray_dr.actors.local_node", "start", "--address", self.address]
+        command = [*within, sys.executable, "-m", "ray_dr.actors.local_node", "start", "--address", self.address]
+        command += ["--node-ip-address", ip] if ip else []
         command += self._common(_whole(cpus))
         if labels:
             command += ["--labels", ",".join(f"{name}={value}" for name, value in labels.items())]

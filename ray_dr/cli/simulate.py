@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 
 import click
@@ -41,11 +43,13 @@ def command(nodes: int | None, workers: int | None, days: float | None, seeds: i
     virtual_s = sum(life.virtual_s for life in lives)
     broken = [life.seed for life in lives if life.broken]
     totals = {name: sum(getattr(life, name) for life in lives)
-              for name in ("events", "attempts", "breaks", "killed", "lost_steps")}  # fmt: skip
+              for name in ("events", "attempts", "breaks", "killed", "lost_steps", "false_alarms")}  # fmt: skip
+    found, faults = (_sum(getattr(life, name) for life in lives) for name in ("found", "faults"))
     speed = virtual_s / max(took_s, 1e-9)
     if as_json:
         print_json({"seeds": seeds, "first_seed": first_seed, "nodes": nodes, "workers": per_node, "days": days,
                     "virtual_s": virtual_s, "cpu_s": took_s, "speed_ratio": speed, "broken_seeds": broken, **totals,
+                    "found": found, "faults": faults,
                     "broken": [asdict(life) for life in lives if life.broken]})  # fmt: skip
     else:
         click.echo(f"{seeds} lives, {duration(virtual_s)} of virtual time in {duration(took_s)} of one core: {speed:,.0f} times "
@@ -53,6 +57,13 @@ def command(nodes: int | None, workers: int | None, days: float | None, seeds: i
                    f"{len(broken)} seeds in which something did not hold")  # fmt: skip
     if broken:
         raise SystemExit(FAILED)
+
+
+def _sum(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for count in counts:
+        total.update(count)
+    return dict(sorted(total.items()))
 
 
 def _told(life: Life, again: str) -> str:

@@ -5,7 +5,6 @@ Nodes stand in the order they joined. Every function takes a state and gives a s
 
 from __future__ import annotations
 
-import itertools
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import replace
@@ -13,55 +12,40 @@ from dataclasses import replace
 from ray_dr.model.actions import Action, RequestNodes, StartWorkers
 from ray_dr.model.recovery import Group, Node, Policy, State
 from ray_dr.model.signal import node_of
+from ray_dr.recovery.row import row_of
 
 LOST_KEPT = 16
 """Ended workers remembered per node; more than can be on their way to the supervisor at any time."""
 
-_guesses: dict[str, int] = {}
-"""Where in the row a node was when it was last looked for: believed only where it stands there still. A job of 16 384 nodes
-would else spend its time walking along the row."""
-GUESSES_MAX = 200_000
-
 
 def find(state: State, node: str) -> Node | None:
     """The node of that id, if it is part of the job."""
-    at = _place(state.nodes, node)
+    at = row_of(state.nodes).places.get(node)
     return None if at is None else state.nodes[at]
 
 
 def put(state: State, node: Node) -> State:
     """The state with this node in place of the one of the same id, or as the last to join."""
-    at = _place(state.nodes, node.id)
-    return add(state, node) if at is None else replace(state, nodes=(*state.nodes[:at], node, *state.nodes[at + 1 :]))
+    row = row_of(state.nodes)
+    at = row.places.get(node.id)
+    if at is None:
+        return add(state, node)
+    nodes = (*state.nodes[:at], node, *state.nodes[at + 1 :])
+    row.put(nodes, state.nodes[at], node, at)
+    return replace(state, nodes=nodes)
 
 
 def add(state: State, node: Node) -> State:
     """The state with a node that it did not have, as the last to join."""
-    _guess(node.id, len(state.nodes))
-    return replace(state, nodes=(*state.nodes, node))
+    row, nodes = row_of(state.nodes), (*state.nodes, node)
+    row.put(nodes, None, node, len(state.nodes))
+    return replace(state, nodes=nodes)
 
 
 def drop(state: State, node: str) -> State:
     """The state without that node and its workers."""
-    at = _place(state.nodes, node)
+    at = row_of(state.nodes).places.get(node)
     return state if at is None else replace(state, nodes=state.nodes[:at] + state.nodes[at + 1 :])
-
-
-def _place(nodes: tuple[Node, ...], node: str) -> int | None:
-    guess = _guesses.get(node, 0)
-    if guess < len(nodes) and nodes[guess].id == node:
-        return guess
-    for at, known in enumerate(nodes):
-        if known.id == node:
-            _guess(node, at)
-            return at
-    return None
-
-
-def _guess(node: str, at: int) -> None:
-    if len(_guesses) >= GUESSES_MAX:
-        _guesses.clear()
-    _guesses[node] = at
 
 
 def end_worker(node: Node, worker: str) -> Node:
@@ -72,7 +56,7 @@ def end_worker(node: Node, worker: str) -> Node:
 
 def ready_workers(state: State) -> tuple[str, ...]:
     """All workers that are up, in the order their nodes joined."""
-    return tuple(itertools.chain.from_iterable([node.ready for node in state.nodes]))
+    return row_of(state.nodes).workers
 
 
 def ranked(state: State) -> tuple[str, ...]:
@@ -98,20 +82,12 @@ def ranked(state: State) -> tuple[str, ...]:
 
 def usable_nodes(state: State) -> int:
     """Nodes with at least one worker up."""
-    return len([node for node in state.nodes if node.ready])
+    return len(state.nodes) - row_of(state.nodes).ready[0]
 
 
 def are_full(state: State, count: int, policy: Policy) -> bool:
     """Whether at least so many nodes have all their workers up."""
-    spare = len(state.nodes) - count
-    if spare < 0:
-        return False
-    for node in state.nodes:
-        if len(node.ready) < policy.workers_per_node:
-            spare -= 1
-            if spare < 0:
-                return False
-    return True
+    return len(state.nodes) - row_of(state.nodes).lacking(policy.workers_per_node) >= count
 
 
 def given_up(node: Node, policy: Policy) -> bool:

@@ -22,6 +22,7 @@ from ray_dr.model.recovery import (
 )
 from ray_dr.recovery import draining, incidents
 from ray_dr.recovery.groups import form, group_of
+from ray_dr.recovery.row import place_of
 from ray_dr.recovery.words import also, describe, ignored
 
 
@@ -101,7 +102,7 @@ def _not_inside(state: State, event: WorkerStopped | WorkerReturned | WorkerRais
             inside, attempt = group.members, group.attempt
     if event.attempt != attempt:
         return f"attempt {event.attempt} is not the one at work"
-    if event.worker not in inside or event.worker in left:
+    if place_of(event.worker, inside, state.order) is None or event.worker in left:
         return f"worker {event.worker} has no part in attempt {attempt} any more"
     return ""
 
@@ -112,7 +113,8 @@ def _covered(group: Group, left: tuple[str, ...]) -> bool:
 
 
 def _unwound(state: State, phase: Recovering, worker: str, how: str) -> Decision:
-    at = phase.unwinding.index(worker)
+    at = place_of(worker, phase.unwinding, state.order)
+    assert at is not None, "who leaves was inside"
     unwinding = phase.unwinding[:at] + phase.unwinding[at + 1 :]
     rest = f"{len(unwinding)} to go" if unwinding else "all have"
     return Decision(replace(state, phase=replace(phase, unwinding=unwinding)), (), f"worker {worker} {how}, {rest}")

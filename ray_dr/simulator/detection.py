@@ -1,22 +1,23 @@
-"""How the simulated supervisor comes to know what is wrong: the one place to replace when it learns to see more.
+"""How the simulated supervisor comes to know what is wrong, as a real one does.
 
-As a real supervisor today: a closed connection tells at once, silence after `silent_s`, and Ray tells when a process it
-was to start did not come up. It does not see a worker that hangs in a running group: somebody's patience ends that.
+A closed connection tells at once, and Ray tells when a process it was to start did not come up. Of a node that says nothing,
+and of a worker that hangs in a running group, the job's detectors tell (see `listening`); a silence of `silent_s` is enough by
+itself, whatever they say.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ray_dr.simulator.things import Agent, Worker
+from ray_dr.simulator.listening import Listening, hung_in
+from ray_dr.simulator.things import Agent
+from ray_dr.simulator.training import Run
 
 if TYPE_CHECKING:
     from ray_dr.simulator.world import World
 
 POWER_CUT = 0.5
 """Of nodes that die, the share that closes no connection."""
-PATIENCE_S = 240.0
-"""After so long somebody kills a worker that hangs."""
 
 
 class Detection:
@@ -24,26 +25,56 @@ class Detection:
 
     def __init__(self, world: World) -> None:
         self._world = world
+        self._listening: Listening | None = None
+        self._seen_from = 0, 0
 
     def node_died(self, agent: Agent) -> None:
         """An agent's process has ended: with its machine, or by itself."""
         world = self._world
-        silent = not agent.node.alive and world.dice.random() < POWER_CUT
-        world.clock.after(self._silent_s() if silent else world.delay(), self._lost, agent, "silent" if silent else "closed")
+        if not agent.node.alive and world.dice.random() < POWER_CUT:
+            self._falls_silent(agent)
+        else:
+            world.clock.after(world.delay(), self._lost, agent, "closed")
 
     def node_troubled(self, agent: Agent) -> None:
         """An agent's node is frozen or cut off: no report comes as long as it is."""
-        self._world.clock.after(self._silent_s(), self._silent, agent, agent.node.troubled_at)
+        self._falls_silent(agent)
 
-    def worker_hangs(self, worker: Worker) -> None:
+    def worker_hangs(self, run: Run) -> None:
         """A worker in a running group does nothing any more."""
-        self._world.clock.after(PATIENCE_S, self._world.worker_dies, worker)
+        if (listening := self._listens()) is not None:
+            attempt, step = self._seen_from
+            listening.hangs(run, step if attempt == run.attempt else run.steps(self._world.clock.now))
 
-    def _silent_s(self) -> float:
-        return self._world.swarm.job.recovery.silent_s + self._world.delay()
+    def begins(self, attempt: int, step: int) -> None:
+        """The supervisor of the time sees the steps of an attempt from this one on."""
+        self._seen_from = attempt, step
 
-    def _silent(self, agent: Agent, since: float) -> None:
-        if agent.alive and agent.node.troubled_at == since and not agent.node.answers:
+    def taken_over(self) -> None:
+        """A new supervisor has taken the job over, and knows nothing of before."""
+        run = self._world.run
+        if run is not None:
+            self.begins(run.attempt, run.steps(self._world.clock.now))
+            if hung_in(run):
+                self.worker_hangs(run)
+
+    def _listens(self, first: Agent | None = None) -> Listening | None:
+        """The stretch of listening that there is, or a new one; None while there is no supervisor that is open."""
+        supervisor = self._world.supervisor
+        if supervisor is None or not supervisor.opened:
+            return None
+        if self._listening is None or self._listening.over or self._listening.supervisor is not supervisor:
+            self._listening = Listening(self._world, supervisor, first)
+        return self._listening
+
+    def _falls_silent(self, agent: Agent) -> None:
+        since, limit_s = agent.node.troubled_at, self._world.swarm.job.recovery.silent_s
+        self._world.clock.after(limit_s + self._world.delay(), self._still_silent, agent, since)
+        if agent.watcher is not None and (listening := self._listens(agent)) is not None:
+            listening.silent(agent)
+
+    def _still_silent(self, agent: Agent, since: float) -> None:
+        if not agent.node.alive or (agent.alive and agent.node.troubled_at == since and not agent.node.answers):
             self._lost(agent, "silent")
 
     def _lost(self, agent: Agent, how: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ray_dr.model.events import StopRequested
+from ray_dr.simulator import zombie
 from ray_dr.simulator.swarm import Fault
 from ray_dr.simulator.things import Node, Worker
 from ray_dr.simulator.world import World
@@ -38,6 +39,7 @@ class Faults:
             Fault.STORE_DOWN: self._store_down,
             Fault.STORE_SLOW: self._store_slow,
             Fault.SUPERVISOR_KILL: lambda: world.supervisor_dies(back_after_s=self._about(world.swarm.restart_s)),
+            Fault.SUPERVISOR_CUT: self._cut_supervisor_off,
             Fault.HEAD_LOSS: self._head_loss,
             Fault.STOP_REQUEST: self._stop,
         }
@@ -66,7 +68,7 @@ class Faults:
     def _strike(self, fault: Fault) -> None:
         if self._world.faulty:
             self._world.say(f"fault: {fault}")
-            self._strikes[fault]()
+            self._do(fault)
             self._next(fault)
             if self._world.dice.random() < TWINS:
                 other = self._world.dice.choice(list(self._world.swarm.rates))
@@ -75,7 +77,13 @@ class Faults:
     def _strike_once(self, fault: Fault) -> None:
         if self._world.faulty:
             self._world.say(f"fault, soon after another: {fault}")
-            self._strikes[fault]()
+            self._do(fault)
+
+    def _do(self, fault: Fault) -> None:
+        """Strike, and note whether it changed anything."""
+        before = self._world.changes
+        self._strikes[fault]()
+        self._world.tally.met[fault] += self._world.changes > before
 
     def _on_node(self, do: Callable[[Node], object]) -> Callable[[], None]:
         def strike() -> None:
@@ -142,6 +150,7 @@ class Faults:
     def _preempt(self, node: Node) -> None:
         """Taken back by the provider: with notice, of which nobody takes any today, or without."""
         notice_s = self._world.dice.choice((0.0, 30.0, 120.0))
+        self._world.changes += 1
         self._world.clock.after(notice_s, self._preempted, node)
 
     def _preempted(self, node: Node) -> None:
@@ -156,7 +165,7 @@ class Faults:
     def _store_down(self) -> None:
         world = self._world
         world.advance()
-        world.bucket.down += 1
+        world.bucket.down, world.changes = world.bucket.down + 1, world.changes + 1
         world.clock.after(self._lasts(), self._store_up)
 
     def _store_up(self) -> None:
@@ -167,8 +176,12 @@ class Faults:
 
     def _store_slow(self) -> None:
         world = self._world
-        world.bucket.slow = world.dice.uniform(2.0, 10.0)
+        world.bucket.slow, world.changes = world.dice.uniform(2.0, 10.0), world.changes + 1
         world.clock.after(self._lasts(), lambda: setattr(world.bucket, "slow", 1.0))
+
+    def _cut_supervisor_off(self) -> None:
+        lasts_s = self._lasts()
+        zombie.cut_off(self._world, lasts_s, back_after_s=self._about(self._world.swarm.restart_s))
 
     def _head_loss(self) -> None:
         """The head is gone, and every node with it; the machines are up again later, as a new cluster."""
@@ -182,4 +195,5 @@ class Faults:
     def _stop(self) -> None:
         world = self._world
         if world.supervisor is not None:
+            world.changes += 1
             world.supervisor.post(StopRequested(world.clock.now, self._about(30.0), "somebody"))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ray_dr.model.actions import CloseJob, FormGroup
+from ray_dr.model.actions import CloseJob, FormGroup, KillWorker, ReleaseNode, RequestNodes, StartWorkers
 from ray_dr.model.checkpoint import VersionId
 from ray_dr.model.events import (
     Adopted,
@@ -39,6 +39,8 @@ PACE_S = 0.5
 """The real host looks at the clock this often while it is busy, and five times as often while it is not."""
 FEW, WALK_EVERY = 256, 64
 """With more nodes, what takes a walk over all of them is checked at every decision to do something, and now and then."""
+OF_ONE = (StartWorkers, RequestNodes, KillWorker, ReleaseNode)
+"""Actions that come with every node or worker."""
 ACK_S = 1.0
 """An agent's messages are acknowledged, and forgotten there, about so long after they came."""
 
@@ -121,6 +123,7 @@ class Supervisor:
             promises.adopts(group, workers)
             self._attempt, self._progress = group.attempt, done
             self.decide(Adopted(now, group, done))
+            self.world.detection.taken_over()
         self.perform.discover()
         waiting, self._waiting = self._waiting, []
         for agent, message in waiting:
@@ -181,6 +184,7 @@ class Supervisor:
     def begin(self, group: Group) -> None:
         """A group forms."""
         self._attempt, self._progress = group.attempt, group.restore.step if group.restore else 0
+        self.world.detection.begins(group.attempt, self._progress)
 
     def committed(self, version: VersionId) -> None:
         """A version is in the store."""
@@ -199,7 +203,8 @@ class Supervisor:
         self.world.note(event, decision)
         try:
             few = len(before.nodes) <= FEW or self.world.clock.happened % WALK_EVERY == 0
-            check(before, event, decision, self.policy, walk=few or decision.actions != ())
+            turns = any(not isinstance(action, OF_ONE) for action in decision.actions)
+            check(before, event, decision, self.policy, walk=few or turns)
         except Breach:
             raise
         except AssertionError as error:

@@ -9,6 +9,7 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from ray_dr.model.checkpoint import VersionId
+from ray_dr.model.data import share
 from ray_dr.model.recovery import Group, Running
 from ray_dr.simulator.breach import must
 from ray_dr.simulator.things import Agent, Worker
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from ray_dr.simulator.world import World
 
 EVER_S = 1e6
+BATCH = 97
+"""Samples in a step: prime, so that no number of ranks divides it."""
 
 
 def attempt_begins(world: World, host: Supervisor, group: Group) -> None:
@@ -30,8 +33,22 @@ def attempt_begins(world: World, host: Supervisor, group: Group) -> None:
     there = restore in host.stored or (found is not None and found.available(agents, world.clock.now + EVER_S))
     must(restore is None or there, f"the version to restore, {restore}, is nowhere")
     _keeps_word(world, host, restore, agents)
+    _uses_each_once(group)
     world.tally.begins(group, world.run, world.clock.now)
     world.write_down(host, group.attempt)
+
+
+def _uses_each_once(group: Group) -> None:
+    """I7, by the shares that the ranks of this attempt take of its first step: they go on where the version's ended, and none is
+    left out or used twice."""
+    world, step = len(group.members), group.restore.step if group.restore else 0
+    batch = BATCH if world <= BATCH else 2 * world + 1
+    at = step * batch
+    for rank in range(world):
+        piece = share(step, global_batch=batch, rank=rank, world=world)
+        must(piece.first == at, f"I7: rank {rank} of {world} begins at sample {piece.first}, not at {at}")
+        at = piece.last
+    must(at == (step + 1) * batch, f"I7: a step of {world} ranks ends at sample {at}, not at {(step + 1) * batch}")
 
 
 def adopts(group: Group, workers: Collection[Worker]) -> None:

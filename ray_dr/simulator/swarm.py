@@ -34,6 +34,8 @@ class Fault(StrEnum):
     STORE_DOWN = "store_down"
     STORE_SLOW = "store_slow"
     SUPERVISOR_KILL = "supervisor_kill"
+    SUPERVISOR_CUT = "supervisor_cut"
+    """Off the network for so long that another one takes the job over; then it is back, and goes on as if it were alone."""
     HEAD_LOSS = "head_loss"
     STOP_REQUEST = "stop_request"
 
@@ -45,11 +47,12 @@ PER_NODE_DAY = {
 }  # fmt: skip
 """Per node and day (Llama 3: 0.004 interrupts; Meta's RSC: 0.002 to 0.006)."""
 PER_DAY = {
-    Fault.STORE_DOWN: 0.3, Fault.STORE_SLOW: 0.5, Fault.SUPERVISOR_KILL: 0.3, Fault.HEAD_LOSS: 0.03,
+    Fault.STORE_DOWN: 0.3, Fault.STORE_SLOW: 0.5, Fault.SUPERVISOR_KILL: 0.3, Fault.SUPERVISOR_CUT: 0.05, Fault.HEAD_LOSS: 0.03,
     Fault.STOP_REQUEST: 0.02,
 }  # fmt: skip
 """Per job and day."""
-AT_MOST = {Fault.HEAD_LOSS: 1.5, Fault.STOP_REQUEST: 0.5, Fault.RACK_LOSS: 2.0, Fault.SUPERVISOR_KILL: 4.0}
+AT_MOST = {Fault.HEAD_LOSS: 1.5, Fault.STOP_REQUEST: 0.5, Fault.RACK_LOSS: 2.0, Fault.SUPERVISOR_KILL: 4.0,
+           Fault.SUPERVISOR_CUT: 2.0}  # fmt: skip
 """Expected in any life beside those, however short; others: COMPRESSED."""
 COMPRESSED = 6.0
 MANY = 24
@@ -112,6 +115,7 @@ def draw(dice: random.Random, *, nodes: int | None = None, per_node: int | None 
     recovery = Recovery(
         unwind_s=15.0, start_s=dice.choice((60.0, 300.0)), settle_s=dice.choice((1.0, 1.0, 10.0)),
         attempts_without_progress=dice.choice((3, 5, 5, 10)), silent_s=dice.choice((2.0, 5.0, 5.0)),
+        hang_s=dice.choice((0.0, 30.0, 300.0)),
     )  # fmt: skip
     job = Job("sim", StoreTier("memory://"), workers, MemoryTier(copies=dice.choice((1, 2, 2, 2, 3))), recovery)
     long = duration_s is not None

@@ -7,13 +7,14 @@ faults stop and enough nodes are well, the job runs, or is over, within `bound_s
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from ray_dr.detection.hang import UNKNOWN_S
 from ray_dr.model.recovery import Running
 from ray_dr.simulator.breach import Breach
-from ray_dr.simulator.detection import PATIENCE_S
 from ray_dr.simulator.faults import Faults
+from ray_dr.simulator.listening import SLOWER
 from ray_dr.simulator.promises import expect_well
 from ray_dr.simulator.swarm import Swarm, draw
 from ray_dr.simulator.training import Doing
@@ -29,6 +30,8 @@ class Life:
     """One seed's. `broken`: what did not hold, empty when all did; `last`: the last events then, oldest first.
 
     virtual_s   seconds lived; lost_steps: done, lost and done again; worst_lost_steps: at once
+    found       by which detector, how often; false_alarms: nodes taken for lost that were well
+    faults      that took effect, by kind
     """
 
     seed: int
@@ -39,16 +42,20 @@ class Life:
     killed: int
     lost_steps: int
     worst_lost_steps: int
+    false_alarms: int
+    found: Mapping[str, int]
+    faults: Mapping[str, int]
     broken: str = ""
     last: tuple[str, ...] = ()
 
 
 def bound_s(swarm: Swarm) -> float:
     """Seconds after the last fault within which a job with enough nodes runs: it may just have begun a start that cannot
-    succeed, wait for a hung worker that somebody must end, and then make a whole start, twice."""
+    succeed, wait for a hung worker until it is sure that it hangs, and then make a whole start, twice."""
     recovery, start_s = swarm.job.recovery, 3 * swarm.worker_start_s + 2 * FROM_STORE_S
     once = recovery.start_s + recovery.unwind_s + recovery.settle_s + recovery.silent_s + start_s + swarm.restart_s
-    return PATIENCE_S + 3 * once + 2 * swarm.write_s + RESUBMIT_S * LIVES_LEFT + 10 * swarm.step_s
+    hang_s = (1 + SLOWER) * UNKNOWN_S + recovery.hang_s
+    return hang_s + 3 * once + 2 * swarm.write_s + RESUBMIT_S * LIVES_LEFT + 10 * swarm.step_s
 
 
 def live(seed: int, *, nodes: int | None = None, per_node: int | None = None, duration_s: float | None = None,
@@ -75,7 +82,8 @@ def live(seed: int, *, nodes: int | None = None, per_node: int | None = None, du
     tally = world.tally
     last = tuple(f"{at - start:12.3f}  {what}{'  ->  ' + why if why else ''}" for at, what, why in world.trace) if broken else ()
     return Life(seed, world.clock.now - start, tally.events, tally.attempts, tally.breaks_seen, tally.killed,
-                tally.lost_steps, tally.worst_lost_steps, broken, last), world  # fmt: skip
+                tally.lost_steps, tally.worst_lost_steps, tally.false_alarms,
+                dict(sorted(tally.found.items())), dict(sorted(tally.met.items())), broken, last), world  # fmt: skip
 
 
 def sweep(seeds: range, *, nodes: int | None = None, per_node: int | None = None,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from ray_dr.model.actions import Decision, KillWorker
 from ray_dr.model.recovery import Group
 from ray_dr.simulator.swarm import Swarm
@@ -9,10 +11,14 @@ from ray_dr.simulator.training import Run
 
 
 class Tally:
-    """`lost_steps`: done and done again. `down_s`: from an attempt's break until the next one goes."""
+    """`lost_steps`: done and done again. `found`: by which detector, how often; `false_alarms`: nodes taken for lost that were
+    well. `met`: faults that took effect, by kind."""
 
     def __init__(self, swarm: Swarm) -> None:
         self._swarm = swarm
+        self.found: Counter[str] = Counter()
+        self.met: Counter[str] = Counter()
+        self.false_alarms = 0
         self.events = self.attempts = self.breaks_seen = self.closed = self.killed = self.lost_steps = self.worst_lost_steps = 0
 
     def decided(self, decision: Decision, now: float) -> None:

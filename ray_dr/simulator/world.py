@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from ray_dr.model.actions import Decision
 from ray_dr.model.checkpoint import VersionId
-from ray_dr.model.events import Event, WorkerRaised, WorkerReturned, WorkerStopped
+from ray_dr.model.events import Event, FencedOff, WorkerRaised, WorkerReturned, WorkerStopped
 from ray_dr.model.recovery import Failed, Finished
 from ray_dr.recovery.groups import group_of
 from ray_dr.simulator.breach import must
@@ -33,10 +33,12 @@ RESTORE_S = (0.2, 3.0)
 FROM_STORE_S = 20.0
 LEAVE_S = 0.5
 RESUBMIT_S = 30.0
+LATE_S = 0.5
 
 
 class World:
-    """`run` is the newest attempt. `faulty`: things go wrong; it ends with the first phase of a life."""
+    """`run` is the newest attempt. `faulty`: things go wrong; it ends with the first phase of a life. `changes`: how often
+    something of what is well here was changed for the worse."""
 
     def __init__(self, swarm: Swarm, dice: random.Random, *, trace: int | None = KEPT_EVENTS) -> None:
         self.swarm, self.dice = swarm, dice
@@ -46,6 +48,7 @@ class World:
         self.tally = Tally(swarm)
         self.nodes: dict[str, Node] = {}
         self.faulty = True
+        self.changes = 0
         self.over = False
         self.run: Run | None = None
         self.runs: deque[Run] = deque(maxlen=RUNS_KEPT)
@@ -79,6 +82,7 @@ class World:
         if self.supervisor is None:
             return
         self.advance()
+        self.changes += 1
         self.supervisor.alive = False
         for agent in self.agents():
             if agent.watcher is self.supervisor:
@@ -91,6 +95,9 @@ class World:
         """The job was closed."""
         outcome = supervisor.outcome
         assert outcome is not None, "it was closed"
+        if supervisor is not self.supervisor:  # it was not its own any more
+            supervisor.alive = False
+            return
         self.advance()
         supervisor.alive = False
         self.supervisor = None
@@ -128,7 +135,9 @@ class World:
 
     def call_lost(self) -> bool:
         """Whether a call does not arrive."""
-        return self.faulty and self.swarm.call_lost > 0 and self.dice.random() < self.swarm.call_lost
+        lost = self.faulty and self.swarm.call_lost > 0 and self.dice.random() < self.swarm.call_lost
+        self.tally.met["lost call"] += lost
+        return lost
 
     def send(self, agent: Agent, message: Message) -> None:
         """From an agent to its supervisor, now or when there is one again."""
@@ -140,8 +149,11 @@ class World:
         if agent.watcher is None:
             return
         at = self.clock.now + self.delay()
+        self.tally.met["late message"] += at - self.clock.now > LATE_S
         if self.swarm.unruly and self.faulty:
+            self.tally.met["overtaken message"] += at < agent.sent_at
             if self.dice.random() < 0.2:
+                self.tally.met["doubled message"] += 1
                 self.clock.at(at + 3 * self.delay(), self._arrives, agent, agent.watcher, message)
         else:
             at = max(at, agent.sent_at)
@@ -205,6 +217,7 @@ class World:
         if not node.alive:
             return
         self.advance()
+        self.changes += 1
         node.alive = False
         del self.nodes[node.id]
         self.absent.add(node.machine)
@@ -245,6 +258,7 @@ class World:
     def troubled(self, node: Node, trouble: str, more: int) -> None:
         """A node becomes (`more` 1), or ceases to be (-1), `frozen`, `cut` or `unheard`."""
         self.advance()
+        self.changes += more > 0
         worked, answered = node.works, node.answers
         setattr(node, trouble, max(0, getattr(node, trouble) + more))
         if answered and not node.answers:
@@ -275,6 +289,7 @@ class World:
         """A process ends."""
         if not worker.alive:
             return
+        self.changes += 1
         worker.alive = False
         worker.node.workers.pop(worker.id, None)
         if worker.ready:
@@ -376,6 +391,7 @@ class World:
         """The program raises in one worker."""
         run = worker.run
         if run is not None and run.doing is Doing.GOING and worker.inside and not worker.hung:
+            self.changes += 1
             self.broken(run, loud=True)
             self._leave(worker.node, [worker], run,
                         lambda who: WorkerRaised(self.clock.now, who.id, run.attempt, error, False, step))  # fmt: skip
@@ -385,8 +401,9 @@ class World:
         run = worker.run
         if run is not None and run.doing is Doing.GOING and worker.inside and not worker.hung:
             worker.hung = True
+            self.changes += 1
             self.broken(run, loud=False)
-            self.detection.worker_hangs(worker)
+            self.detection.worker_hangs(run)
 
     def abort(self, node: Node, workers: Sequence[Worker], attempt: int) -> None:
         """The supervisor's word that an attempt is over reaches a node."""
@@ -428,6 +445,7 @@ class World:
     def slowed(self, node: Node, factor: float) -> None:
         """A node works at another speed, and everybody with it."""
         self.advance()
+        self.changes += factor > node.slow
         node.slow = factor
         run = self.run
         if run is not None and run.doing is Doing.GOING and node in run.nodes and run.rate:
@@ -465,11 +483,17 @@ class World:
         if armed is not None and told:  # while a group is looked for, nobody may let go of what was found
             run.saves = [v for v in run.saves if v.id >= armed.id or v.uploaded_at > now]
 
-    def commit(self, version: VersionId, ready: bool) -> None:
-        """The supervisor commits a version that is whole in the store."""
-        supervisor = self.supervisor
-        if not ready or supervisor is None or not self.bucket.commit(version, supervisor.term):
+    def commit(self, version: VersionId, ready: bool, *, by: Supervisor | None = None) -> None:
+        """The supervisor (`by`: another one) commits a version that is whole in the store."""
+        supervisor = by or self.supervisor
+        if not ready or supervisor is None:
             return
+        if not self.bucket.commit(version, supervisor.term):
+            if supervisor.term < self.bucket.term:
+                supervisor.post(FencedOff(self.clock.now, self.bucket.term))
+            return
+        must(supervisor.term == self.bucket.term, f"I3: term {supervisor.term} commits {version} in term {self.bucket.term}")
         if self.faulty and self.dice.random() < self.swarm.applied_yet_failed:
+            self.tally.met["lost answer of a commit"] += 1
             return
         supervisor.committed(version)

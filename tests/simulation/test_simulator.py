@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -13,12 +14,19 @@ import pytest
 from click.testing import CliRunner
 
 from ray_dr.cli.main import FAILED, main
+from ray_dr.detection.detectors import Detection
 from ray_dr.model.actions import Decision, StartWorkers, TakeInventory
-from ray_dr.model.events import Event, NodeLost
-from ray_dr.model.recovery import Policy, State
+from ray_dr.model.checkpoint import VersionId
+from ray_dr.model.data import Slice, share
+from ray_dr.model.events import Event, FencedOff, NodeLost
+from ray_dr.model.recovery import Policy, Recovering, State
+from ray_dr.model.signal import FaultKind, Finding, Sample
+from ray_dr.recovery import groups
 from ray_dr.recovery.adoption import Living, living_group
+from ray_dr.recovery.fleet import ranked
 from ray_dr.recovery.machine import step
-from ray_dr.simulator import host, perform
+from ray_dr.simulator import host, listening, perform, promises
+from ray_dr.simulator.bucket import Bucket
 from ray_dr.simulator.swarm import Fault
 from ray_dr.simulator.sweep import live, sweep
 
@@ -26,6 +34,7 @@ SEEDS = range(500)
 """Two thousand and more, at about ten milliseconds each: `ray-dr simulate --seeds 2000`."""
 BOTHERED = 300
 DAY_S = 86_400.0
+commit = Bucket.commit
 
 
 def test_no_seed_is_broken() -> None:
@@ -35,12 +44,16 @@ def test_no_seed_is_broken() -> None:
     assert sum(life.lost_steps > 0 for life in lives) > len(lives) / 4
 
 
-def test_every_fault_strikes_in_some_seed() -> None:
-    struck: set[str] = set()
-    for seed in range(60):
-        _, world = live(seed, trace=None)
-        struck |= {what.removeprefix("fault: ") for _, what, _ in world.trace if isinstance(what, str)}
-    assert struck >= set(Fault)
+NETWORK = ("late message", "overtaken message", "doubled message", "lost call", "lost answer of a commit", "zombie")
+
+
+def test_every_fault_takes_effect_in_some_seed_and_detectors_find_what_they_are_for() -> None:
+    lives = list(sweep(range(60)))
+    met, found = (sum((Counter(getattr(life, name)) for life in lives), Counter[str]()) for name in ("faults", "found"))
+    assert {what: met[what] for what in (*Fault, *NETWORK) if met[what] < 3} == {}
+    assert found["node_frozen"] > met[Fault.NODE_FREEZE] / 2
+    assert found["hang"] > met[Fault.WORKER_HANG] / 2
+    assert sum(life.false_alarms for life in lives) < found["node_frozen"] / 20
 
 
 def told(seed: int) -> list[str]:
@@ -113,12 +126,50 @@ def believes_what_was_found_before(state: State, event: Event, policy: Policy) -
     return decision
 
 
+def waits_for_nobody(state: State, event: Event, policy: Policy) -> Decision:
+    """A group is formed while members of the one before are still in it."""
+    decision = step(state, event, policy)
+    if not isinstance(decision.state.phase, Recovering):
+        return decision
+    return replace(decision, state=replace(decision.state, phase=replace(decision.state.phase, unwinding=())))
+
+
+def does_not_mind_the_fence(state: State, event: Event, policy: Policy) -> Decision:
+    return Decision(state, (), "never mind") if isinstance(event, FencedOff) else step(state, event, policy)
+
+
+def commits_in_any_term(bucket: Bucket, version: VersionId, term: int) -> bool:
+    return commit(bucket, version, bucket.term)
+
+
+def by_name(state: State) -> tuple[str, ...]:
+    """Ranks are dealt anew for each group."""
+    return tuple(sorted(ranked(state), reverse=bool(state.attempt % 2)))
+
+
+def rounds_up(step: int, *, global_batch: int, rank: int, world: int) -> Slice:
+    """The last sample of a rank is the first of the next one, where shares do not come out even."""
+    piece = share(step, global_batch=global_batch, rank=rank, world=world)
+    return replace(piece, last=piece.first - (-global_batch // world))
+
+
+class SeesNoHang(Detection):
+    def observe(self, sample: Sample) -> tuple[Finding, ...]:
+        return tuple(finding for finding in super().observe(sample) if finding.kind is not FaultKind.HANG)
+
+
 PLANTED: dict[str, tuple[Any, str, Callable[..., Any], str]] = {
     "adopts the survivors of a broken group": (host, "living_group", without_the_dead, "I8"),
     "forgets what is in memory": (perform, "choose_version", from_the_store_only, "I6"),
     "keeps copies where the original is": (perform, "replicas", the_nearest_keep_them, "I6"),
     "starts no worker again": (host, "step", starts_nobody_again, "I9"),
     "does not look again after a further loss": (host, "step", believes_what_was_found_before, "nowhere"),
+    "forms a group while the last one is half left": (host, "step", waits_for_nobody, "I8"),
+    "goes on though fenced off": (host, "step", does_not_mind_the_fence, "I3"),
+    "lets a zombie commit": (Bucket, "commit", commits_in_any_term, "I3"),
+    "mixes up ranks": (groups, "ranked", by_name, "keeps its rank"),
+    "uses samples twice": (promises, "share", rounds_up, "I7"),
+    "sees no hang": (listening, "Detection", SeesNoHang, "I9"),
 }
 
 
