@@ -237,8 +237,9 @@ class Host:
             self.decide(event)
         if found.group is not None:
             self.progress.begin(found.group.attempt, len(found.group.members), found.step)
-            self._senses.formed(found.group)
-            self.decide(Adopted(time.time(), found.group, found.step))
+            if not found.left:
+                self._senses.formed(found.group)
+            self.decide(Adopted(time.time(), found.group, found.step, found.left))
         self.perform.discover()
 
     def _close(self) -> None:
