@@ -29,7 +29,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar, cast
@@ -123,6 +123,21 @@ def default_store() -> str:
     place = Place(f"${STORE_VARIABLE}", 0, "")
     given = os.environ.get(STORE_VARIABLE, "").strip()
     return _store_url(given, place) if given else _local_default()
+
+
+def store_url(text: str) -> str:
+    """A store's URL as a command line gives it, meaning the same in every process. Raises ConfigError."""
+    return _store_url(text, Place("", 0, "--store"))
+
+
+def variables(names: Iterable[str]) -> dict[str, str]:
+    """Those of these variables that this process's environment has."""
+    return {name: os.environ[name] for name in names if name in os.environ}
+
+
+def environment() -> dict[str, str]:
+    """This process's environment, for a command that it runs."""
+    return dict(os.environ)
 
 
 def store_is_default(job: Job) -> bool:

@@ -18,6 +18,7 @@
     │   ├── UnsupportedState   a state_dict holds something that cannot be stored without pickle
     │   └── NoCheckpoint       nothing to restore from
     ├── Fenced                 a supervisor of a newer term owns the job
+    ├── StillAlive             somebody wants to resume a job whose supervisor lives
     ├── JobFailed              the job ended in failure: carries the root cause and whether resubmitting can help
     └── ClusterError           Ray did not do what was asked
 """
@@ -124,6 +125,17 @@ class Fenced(RayDrError):
     def __init__(self, job: str, *, mine: int, newest: int) -> None:
         self.job, self.mine, self.newest = job, mine, newest
         super().__init__(f"job {job}: term {mine} is fenced by term {newest}")
+
+
+class StillAlive(RayDrError):
+    """The job's supervisor renews its lease: there is nothing to resume."""
+
+    def __init__(self, job: str, owner: str, age_s: float) -> None:
+        self.job, self.owner = job, owner
+        super().__init__(
+            f"job {job} lives: its supervisor ({owner}) renewed its lease {age_s:.0f} s ago (follow it with `ray-dr status`;"
+            " --force takes the job from it)"
+        )
 
 
 class JobFailed(RayDrError):

@@ -14,7 +14,7 @@ from ray_dr.model import codec
 from ray_dr.model.checkpoint import VersionId
 from ray_dr.model.events import Event, NodeJoined, WorkerReady
 from ray_dr.model.recovery import Group
-from ray_dr.recovery.adoption import Living, living_group
+from ray_dr.recovery.adoption import Living, living_group, who_left
 
 if TYPE_CHECKING:
     from ray_dr.actors.host import Host
@@ -31,6 +31,8 @@ class Found:
     """The highest that any of them has anything of."""
     group: Group | None
     step: int
+    left: tuple[str, ...] = ()
+    """Its members, where nobody is in `train` any more."""
 
 
 def find_living(host: Host, agents: dict[str, AgentRef], workers: dict[str, WorkerRef],
@@ -56,12 +58,11 @@ def find_living(host: Host, agents: dict[str, AgentRef], workers: dict[str, Work
     now = time.time()
     joined = [NodeJoined(now, node, tuple(ref.worker for ref in refs if ref.node == node)) for node in sorted(agents)]
     ready = [WorkerReady(now, ref.worker, ref.node) for ref in refs]
-    group, step = living_group(
-        [Living(r.worker, r.attempt, r.rank, r.step, r.running, r.restore, r.world) for r in refs]
-    )
+    found = [Living(r.worker, r.attempt, r.rank, r.step, r.running, r.restore, r.world) for r in refs]
+    group, step = living_group(found)
     forming.peers = forming.expected_peers()
     attempt = max([0, *(ref.attempt for ref in refs), *(said["attempt"] for said, _ in living)])
-    return Found((*joined, *ready), attempt, group, step)
+    return Found((*joined, *ready), attempt, group, step, who_left(found, group) if group else ())
 
 
 def _living(job: str, kind: str) -> list[tuple[dict[str, Any], Any]]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
+from ray.job_config import JobConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ray_dr.actors.node_agent import NodeAgent
@@ -29,6 +31,17 @@ class RayNode:
     gpus: float
     host: str = ""
     labels: Mapping[str, str] = field(default_factory=dict)
+
+
+def connect_again(address: str | None, runtime_env: Mapping[str, Any], paths: Sequence[str]) -> None:
+    """Join a cluster as the driver of a job that was another driver's: with its runtime environment and its Python path.
+
+    Private: there is no public way to say which directories a driver's workers look for modules in but to be started there.
+    """
+    config = JobConfig()
+    config._py_driver_sys_path.extend(paths)
+    ray.init(address=address, namespace=NAMESPACE, runtime_env=dict(runtime_env), job_config=config,
+             log_to_driver=False, logging_level=logging.WARNING)  # fmt: skip
 
 
 def supervisor_name(job: str) -> str:

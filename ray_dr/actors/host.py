@@ -21,6 +21,7 @@ from typing import Any
 import ray
 
 from ray_dr.actors.forming import disk_place
+from ray_dr.actors.keeping import Keeping
 from ray_dr.actors.machines import Machines
 from ray_dr.actors.perform import Performer
 from ray_dr.actors.progress import Progress
@@ -91,6 +92,7 @@ class Host:
         self._acks: dict[str, int] = {}
         self._seq = 0
         self._over = threading.Event()
+        self.head_heard_at = time.monotonic()
         self._paced_at = 0.0
         owner = f"{platform.node()}:{os.getpid()}"
         first = Depot(job.store, job.name, owner)
@@ -102,6 +104,7 @@ class Host:
         self._tuning = Tuning(self)
         self._senses = Senses(self)
         self._live = Live(self.store, job.name, self.term, clock=time.time)
+        self._keeping = Keeping(self, train)
         self.saves = Saves(self, first, owner)
         self.saves.doubt(first)
         if job.second is not None:
@@ -226,6 +229,7 @@ class Host:
         self.journal.append(
             JobOpened(time.time(), self.term, self.job.name, spec, platform.python_version(), ray.__version__)
         )
+        self._keeping.start()
         if not self.store.traits.conditional_put:
             self.note("store.weaker", store=self.store.url, guarantee=GUARANTEE)
         attempt = last_attempt(self.store, self.job.name)
@@ -237,8 +241,9 @@ class Host:
             self.decide(event)
         if found.group is not None:
             self.progress.begin(found.group.attempt, len(found.group.members), found.step)
-            self._senses.formed(found.group)
-            self.decide(Adopted(time.time(), found.group, found.step))
+            if not found.left:
+                self._senses.formed(found.group)
+            self.decide(Adopted(time.time(), found.group, found.step, found.left))
         self.perform.discover()
 
     def _close(self) -> None:
@@ -246,6 +251,7 @@ class Host:
         self.machines.close(MACHINES_S)
         self.journal.close()
         self._live.close()
+        self._keeping.close()
         self._over.set()
 
     def begin(self, group: Group) -> None:

@@ -62,13 +62,18 @@ def run(train: Callable[[Any], None], job: str | Path | Job, *, quiet: bool = Fa
     for tier in (spec.store, spec.second):
         if tier is not None and tier.share_with:
             _check_base(spec.name, tier)
-    say = _silent if quiet else _print
+    say = speech(quiet)
     if not traits.conditional_put:
         say(f"job {spec.name}: WARNING: about the store {spec.store.url}: {GUARANTEE}")
     if config.store_is_default(spec):
         say(f"job {spec.name}: no store is given, checkpoints go to the local directory {spec.store.url}")
     connect()
-    supervisor = submit(train, spec)
+    return conduct(submit(train, spec), spec, say, watch)
+
+
+def conduct(supervisor: Any, spec: Job, say: Callable[[str], None],
+            watch: Callable[[dict[str, Any]], None] | None = None) -> Outcome:  # fmt: skip
+    """Follow a job to its end; Ctrl-C drains it. Raises JobFailed."""
     try:
         ended = _follow(supervisor, spec, say, watch)
     except KeyboardInterrupt:
@@ -96,7 +101,11 @@ def connect() -> None:
 
 def submit(train: Callable[[Any], None], job: Job, *, where: Any = "DEFAULT") -> Any:
     """The job's supervisor, started or found: it needs no driver from here on. `where` is a Ray scheduling strategy."""
-    pickled = ray.cloudpickle.dumps(train)
+    return submit_pickled(ray.cloudpickle.dumps(train), job, where=where)
+
+
+def submit_pickled(pickled: bytes, job: Job, *, where: Any = "DEFAULT") -> Any:
+    """As `submit`, of a function that was pickled before."""
     if len(pickled) > TRAIN_MAX_BYTES:
         raise ConfigError(
             f"the training function weighs {len(pickled) / 2**20:.1f} MiB pickled, at most {TRAIN_MAX_BYTES >> 20} can be kept",
@@ -146,6 +155,11 @@ def _follow(supervisor: Any, job: Job, say: Callable[[str], None],
         if ended is not None:
             phase: Finished | Failed = codec.from_json(Finished | Failed, ended)
             return phase if isinstance(phase, Failed) else Outcome(job.name, phase.drained, now["step"])
+
+
+def speech(quiet: bool) -> Callable[[str], None]:
+    """What tells of a job's progress: on stderr, or not at all."""
+    return _silent if quiet else _print
 
 
 def _print(line: str) -> None:

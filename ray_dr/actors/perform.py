@@ -212,6 +212,7 @@ class Performer:
                 for node in self._wanted_nodes():
                     self._start_agent(node)
                 self._ask_for_nodes()
+                self._host.head_heard_at = time.monotonic()
             except Exception as error:
                 self._host.note("cluster.unreachable", error=repr(error))
 

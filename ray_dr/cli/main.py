@@ -19,6 +19,8 @@ FAILED, BAD_INPUT, DO_NOT_RESUBMIT, INTERRUPTED = 1, 2, 3, 130
 
 VERBS = {
     "run": "Run a training function until it is done, through failures and resizes.",
+    "resume": "Go on with a job whose cluster is gone, from its store alone.",
+    "guard": "Watch jobs' stores, and submit those again whose cluster is lost.",
     "status": "Where a job stands.",
     "why": "What happened, how it was known, what was tried, what it cost, what to do.",
     "timeline": "What went wrong, how long each part of getting over it took, and every decision's reason.",
@@ -86,8 +88,8 @@ def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None
 def main() -> None:
     """Training jobs on Ray that stay alive, and grow and shrink.
 
-    JOB is the path of a job.yaml, or a job's name together with --store. All but `run` and `demo` work from the store
-    alone, also when the cluster is gone.
+    JOB is the path of a job.yaml, or a job's name together with --store. All but `run`, `resume`, `guard` and
+    `demo` work from the store alone, also when the cluster is gone.
     """
 
 

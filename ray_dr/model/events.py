@@ -166,12 +166,14 @@ class ActionFailed:
 class Adopted:
     """Found by a new supervisor: these members are running this attempt, and `step` is the last they have done.
 
-    NodeJoined and WorkerReady of those alive come before it.
+    NodeJoined and WorkerReady of those alive come before it. `left`: members that live and are out of `train` already, told
+    when nobody is in it any more.
     """
 
     at: float
     group: Group
     step: int
+    left: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,13 +75,16 @@ def start_timed_out(state: State, phase: Starting, at: float, policy: Policy) ->
     return begin(state, phase.group, incident, policy)
 
 
-def adopt_broken(state: State, group: Group, absent: tuple[str, ...], at: float, policy: Policy) -> Decision:
-    """A group found running, but not whole, or of an attempt that another one was to follow."""
-    if not absent:
-        return group_broken(state, group, at, f"attempt {state.attempt} was to follow", policy)
-    detail = "ended while no supervisor watched"
-    incident = next_incident(state, FailureKind.WORKER_LOST, absent[0], at, state.step, detail)
-    return begin(state, group, incident, policy)
+def adopt_broken(state: State, group: Group, absent: tuple[str, ...], at: float, policy: Policy, *,
+                 gone: Collection[str] = ()) -> Decision:  # fmt: skip
+    """A group found, but not whole, or of an attempt that another one was to follow, or one that everybody has left (`gone`)."""
+    if absent:
+        kind, subject, detail = FailureKind.WORKER_LOST, absent[0], "ended while no supervisor watched"
+    else:
+        kind, subject = FailureKind.GROUP_BROKEN, f"attempt {group.attempt}"
+        detail = "its members left while no supervisor watched" if gone else f"attempt {state.attempt} was to follow"
+    incident = next_incident(state, kind, subject, at, state.step, detail)
+    return begin(state, group, incident, policy, gone=gone)
 
 
 def user_error(state: State, group: Group, incident: Incident, policy: Policy) -> Decision:

@@ -63,7 +63,7 @@ from ray_dr.model.recovery import (
 )
 from ray_dr.recovery import capacity, draining, incidents, leaving
 from ray_dr.recovery.fleet import idle_workers, request_missing, still_starting, usable_nodes
-from ray_dr.recovery.groups import answered, can_begin, form, restore_of, take_inventory
+from ray_dr.recovery.groups import answered, begins_at, can_begin, form, restore_of, take_inventory
 from ray_dr.recovery.words import NOTHING_DUE, also, count, ignored
 
 OF_AN_ATTEMPT = ("FormGroup", "StopGroup", "SaveFinal")
@@ -247,13 +247,15 @@ def _adopted(state: State, event: Adopted, policy: Policy) -> Decision:
     if not isinstance(phase, Queued):
         return ignored(state, f"attempt {group.attempt} cannot be taken over now")
     current = group.attempt >= state.attempt
+    absent = incidents.absent_members(state, group)
+    if event.left and not absent and begins_at(state, policy) is not None and len(state.nodes) >= policy.nodes_min:
+        return ignored(state, f"attempt {group.attempt} has ended, and lost nobody: the next one begins with all there are")
     state = replace(state, attempt=max(state.attempt, group.attempt), order=group.members, retry_at=None)
     state = incidents.note_step(replace(state, phase=Running(group)), event.step)
-    absent = incidents.absent_members(state, group)
-    if current and not absent:
+    if current and not absent and not event.left:
         members = count(len(group.members), "worker")
         return Decision(state, (), f"attempt {group.attempt} went on meanwhile with {members}: taken over at its step")
-    return incidents.adopt_broken(state, group, absent, event.at, policy)
+    return incidents.adopt_broken(state, group, absent, event.at, policy, gone=event.left)
 
 
 def _action_failed(state: State, event: ActionFailed, policy: Policy) -> Decision:

@@ -1,4 +1,4 @@
-"""Where everything lies in a store. No other module writes a key by hand, but for the four that are named here.
+"""Where everything lies in a store. No other module writes a key by hand, but for those that are named here.
 
     jobs/<job>/log/<seq>.json                            the commit log, numbered from 1 without a gap
     jobs/<job>/log/<seq>.mark                            empty: says that the log has this number
@@ -6,6 +6,9 @@
     jobs/<job>/chunks/<save>/<id>                        bytes, named by their BLAKE3 hash and the save that put them
     jobs/<job>/journal/<term>-<segment>.jsonl            journal segments, written by `telemetry.journal`
     jobs/<job>/live.json                                 what goes on now, overwritten by `telemetry.live`
+    jobs/<job>/lease/<term>.json                         a supervisor's sign of life, overwritten by `repository.lease`
+    jobs/<job>/guard.json                                what a guard has done about its absence, by `repository.lease`
+    jobs/<job>/program.json, program/<digest>            what `resume` runs, by `repository.program`
     nodes/<machine>/<milliseconds>-<digest>.json         what is held against machines, by `telemetry.nodes`
     keys/<data key>-<wrapper>.json                       of an encrypted store only, written by `stores.keys`
 

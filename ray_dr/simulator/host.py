@@ -22,7 +22,7 @@ from ray_dr.model.events import (
     WorkerReady,
 )
 from ray_dr.model.recovery import Failed, Finished, Group
-from ray_dr.recovery.adoption import Living, living_group
+from ray_dr.recovery.adoption import Living, living_group, who_left
 from ray_dr.recovery.invariants import check
 from ray_dr.recovery.machine import initial, step
 from ray_dr.recovery.policy import policy_of
@@ -122,7 +122,7 @@ class Supervisor:
         if group is not None:
             promises.adopts(group, workers)
             self._attempt, self._progress = group.attempt, done
-            self.decide(Adopted(now, group, done))
+            self.decide(Adopted(now, group, done, who_left(living, group)))
             self.world.detection.taken_over()
         self.perform.discover()
         waiting, self._waiting = self._waiting, []
