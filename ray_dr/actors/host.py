@@ -55,6 +55,7 @@ from ray_dr.model.journal import (
 )
 from ray_dr.model.recovery import Failed, Finished, Group
 from ray_dr.model.upload import Upload
+from ray_dr.recovery.fleet import idle_workers
 from ray_dr.recovery.groups import group_of
 from ray_dr.recovery.machine import initial, step
 from ray_dr.recovery.policy import policy_of
@@ -147,6 +148,7 @@ class Host:
         return {
             "phase": type(self.state.phase).__name__, "attempt": self.state.attempt, "step": self.progress.step,
             "world": len(group.members) if group else 0, "nodes": [node.id for node in self.state.nodes],
+            "standbys": idle_workers(self.state, group) if group else (),
             "incidents": self.state.incidents, "term": self.term, "tiers": self.saves.tiers(),
             "journal_lag_s": self.journal.lag_s, "over": self._over.is_set(), **codec.to_json(self._live.view()),
         }  # fmt: skip
@@ -279,6 +281,7 @@ class Host:
                 self.saves.skip(codec.from_json(VersionId, message["skipped"]))
             elif "lost" in message and (node := self.perform.node_of(message["lost"])) is not None:
                 # Else it was told to end, or belonged to a supervisor before this one: no news of those that start now.
+                self.perform.ended(message["lost"])
                 self.decide(
                     WorkerLost(time.time(), message["lost"], node, "its connection closed", self.progress.step)
                 )
