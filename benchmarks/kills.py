@@ -27,6 +27,7 @@ from ray_dr.model.journal import Decided, Marked, PartSaved, Record, Restored, S
 from ray_dr.model.recovery import Group, Running
 from ray_dr.stores.open import open_store
 from ray_dr.telemetry.journal import Reader
+from ray_dr.telemetry.timeline import status
 
 PYTHONPATH = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]))
 """With it the cluster's processes can import this package."""
@@ -42,13 +43,21 @@ LOSSES = NodeLost | WorkerLost | WorkerRaised | WorkerStopped
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """What is killed, how often, and the state's size. `spare`: a node stands by that the job does not use."""
+    """What is killed, how often, and the state's size. `spare`: there is a node that the job does not use; `standby`: one more
+    node, or process on each node, stands by for the job."""
 
     name: str
     kind: Literal["worker", "node"]
     spare: bool
     depth: int
     kills: int
+    standby: bool = False
+
+    @property
+    def workers(self) -> Workers:
+        """The job's workers."""
+        nodes, processes = (self.standby and self.kind == kind for kind in ("node", "worker"))
+        return Workers(NODES, NODES, 1, standby_nodes=int(nodes), standby_processes=int(processes))
 
     @property
     def settings(self) -> dict[str, str | int | float | bool]:
@@ -89,7 +98,7 @@ class Measured:
 def local_cluster(case: Case) -> Iterator[LocalCluster]:
     """A head and two worker nodes of one CPU each, three with a spare."""
     with LocalCluster(autoscaling=False, dashboard=False, env={"PYTHONPATH": PYTHONPATH}) as cluster:
-        for _ in range(NODES + case.spare):
+        for _ in range(NODES + max(case.spare, case.workers.standby_nodes)):
             cluster.add_node()
         yield cluster
 
@@ -99,7 +108,7 @@ def measure(case: Case, seed: int = 0) -> Measured:
     chance = random.Random(seed)
     with tempfile.TemporaryDirectory(prefix="rdb-") as folder, local_cluster(case) as cluster:
         ray.init(address=cluster.address, namespace=names.NAMESPACE, log_to_driver=False)
-        job = Job(JOB, StoreTier(f"file://{folder}"), Workers(NODES, NODES, 1), settings=case.settings)
+        job = Job(JOB, StoreTier(f"file://{folder}"), case.workers, settings=case.settings)
         submit(program.train, job)
         story, measured = Story(job), Measured(case)
         try:
@@ -114,7 +123,9 @@ def measure(case: Case, seed: int = 0) -> Measured:
 
 def _kill_once(cluster: LocalCluster, story: Story, measured: Measured, number: int, chance: random.Random) -> None:
     case, settle = measured.case, SETTLED_STEPS + chance.randrange(JITTER_STEPS)
-    story.until(lambda: story.settled(settle), "two workers at work, with a copy in memory")
+    wanted = case.workers
+    waiting = wanted.standby_nodes + NODES * wanted.standby_processes
+    story.until(lambda: story.settled(settle, waiting), "two workers at work, with a copy in memory")
     group = story.group
     members = _members(group)
     rank = number % NODES
@@ -122,12 +133,13 @@ def _kill_once(cluster: LocalCluster, story: Story, measured: Measured, number: 
         rank = (rank + 1) % NODES  # two losses at once are another case
     killed = time.time()
     _kill(cluster, case, members[rank])
-    story.until(lambda: story.first_step(group.attempt, 1) is not None, "a step after the kill")
+    least = NODES if case.standby else 1
+    story.until(lambda: story.first_step(group.attempt, least) is not None, "a step after the kill")
     _take_down(story, measured, group, killed)
     joined = killed
     if case.kind == "node":
         cluster.add_node()
-        joined = killed if case.spare else time.time()
+        joined = killed if case.spare or case.standby else time.time()
     story.until(lambda: story.first_step(group.attempt, NODES) is not None, "two workers after the kill")
     full = story.first_step(group.attempt, NODES)
     assert full is not None
@@ -196,10 +208,13 @@ class Story:
         large = [g.attempt for g in self.groups if g.attempt > after_attempt and len(g.members) >= members]
         return min((min(done.values()) for attempt in large if (done := self.steps_done(attempt))), default=None)
 
-    def settled(self, steps: int) -> bool:
-        """Whether the newest group has full size, did so many steps, and has a version on a second node."""
+    def settled(self, steps: int, waiting: int = 0) -> bool:
+        """Whether the newest group has full size, did so many steps, and has a version on a second node; and as many workers
+        are up beside it."""
         phase = next((r.state.phase for r in reversed(self.records) if isinstance(r, Decided)), None)
         if not isinstance(phase, Running) or len(phase.group.members) < NODES:
+            return False
+        if len(status(self.records).standbys) < waiting:
             return False
         attempt = phase.group.attempt
         copied = any(

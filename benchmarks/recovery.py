@@ -20,17 +20,24 @@ from benchmarks.kills import Case, Measured
 SMALL, LARGE = 4, 20
 """Layers: 200 MB and 1 GB of parameters and Adam moments."""
 SIZES = {SMALL: "200 MB", LARGE: "1 GB"}
+STANDBY_NODE, STANDBY_WORKER = "node, standby", "worker, standby"
 
 
 def cases(quick: bool, repetitions: int) -> list[Case]:
     """What is killed under ray_dr."""
     kinds = [("worker", "worker", False), ("node", "node", False), ("node, spare", "node", True)]
     if quick:
-        return [Case(name, kind, spare, SMALL, min(repetitions, 3)) for name, kind, spare in kinds[:2]]  # type: ignore[arg-type]
+        return [
+            *(Case(name, kind, spare, SMALL, min(repetitions, 3)) for name, kind, spare in kinds[:2]),  # type: ignore[arg-type]
+            Case(STANDBY_NODE, "node", False, SMALL, min(repetitions, 3), standby=True),
+        ]
     return [
         Case(name, kind, spare, depth, repetitions)  # type: ignore[arg-type]
         for depth in (SMALL, LARGE)
         for name, kind, spare in kinds
+    ] + [
+        Case(name, kind, False, SMALL, repetitions, standby=True)  # type: ignore[arg-type]
+        for name, kind in ((STANDBY_NODE, "node"), (STANDBY_WORKER, "worker"))
     ]
 
 
@@ -78,6 +85,9 @@ def result(ours: list[Measured], theirs: list[Measured]) -> dict[str, Any]:
         "node_killed_s": median(node.first_step), "node_killed_p95_s": p95(node.first_step),
         "steps_lost": median(node.steps_lost), "steps_lost_p95": p95(node.steps_lost),
     }  # fmt: skip
+    for name, key in ((STANDBY_NODE, "standby_node_killed"), (STANDBY_WORKER, "standby_worker_killed")):
+        for full in [m.first_step for m in ours if m.case.name == name and m.first_step]:
+            found |= {f"{key}_s": median(full), f"{key}_p95_s": p95(full), f"{key}_kills": len(full)}
     small = [m for m in theirs if m.case.depth == SMALL and m.first_step]
     if small:
         best = min(small, key=lambda m: median(m.first_step))

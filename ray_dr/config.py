@@ -3,6 +3,7 @@
     job: nightly                        # required: the name it resumes by
     store: s3://bucket/prefix           # short for a store tier with the defaults; also a directory
     workers: {nodes: 2..4, min_nodes_to_run: 1, per_node: 1, gpus_per_node: 0, cpus_per_worker: 1}
+      # standby_nodes: 1, standby_processes: 1     also of workers: what waits, ready, for a node or a worker to be lost
     checkpoint:
       every: auto                       # or 30s, 500 steps, never; what a tier without its own `every` does
       tiers:
@@ -58,7 +59,9 @@ JOB_KEYS = (
     "job", "store", "workers", "checkpoint", "recovery", "deterministic", "seed", "overhead", "rpo", "settings", "backend",
     "detection",
 )  # fmt: skip
-WORKER_KEYS = ("nodes", "min_nodes_to_run", "per_node", "gpus_per_node", "cpus_per_worker")
+WORKER_KEYS = (
+    "nodes", "min_nodes_to_run", "per_node", "gpus_per_node", "cpus_per_worker", "standby_nodes", "standby_processes",
+)  # fmt: skip
 RECOVERY_KEYS = ("unwind", "start", "settle", "silent", "hang", "attempts_without_progress")
 DETECTION_KEYS = ("shadow", "off", "preflight")
 STORE_TIER_KEYS = ("kind", "url", "path", "every", "keep", "share_with")
@@ -204,7 +207,23 @@ def _workers(setting: Setting) -> Workers:
             f"{gpus} GPUs cannot be shared evenly by {per_node} workers", f"write a divisor of {gpus}, or leave it out"
         )
     cpus = _one(keys, "cpus_per_worker", Setting.positive, 1.0)
-    return Workers(least, most, minimum, per_node, cpus, gpus / per_node)
+    spare = _one(keys, "standby_nodes", lambda value: value.whole(0, NODES_MAX), 0)
+    return Workers(least, most, minimum, per_node, cpus, gpus / per_node, spare, _standby_processes(keys, per_node, gpus))
+
+
+def _standby_processes(keys: Mapping[str, Setting], per_node: int, gpus: int) -> int:
+    """They take the places, and the GPUs, of single workers on the same node."""
+    processes = _one(keys, "standby_processes", lambda value: value.whole(0, 1024), 0)
+    if processes > per_node:
+        keys["standby_processes"].fail(
+            f"{processes} can never be needed on a node of {per_node} workers", f"write at most {per_node}"
+        )
+    if processes and gpus not in (0, per_node):
+        keys["standby_processes"].fail(
+            f"a worker of {gpus // per_node} GPUs can't be replaced by a standby process",
+            f"leave it out, or write per_node: {gpus}, a worker for each GPU",
+        )
+    return processes
 
 
 def _nodes(setting: Setting) -> tuple[int, int]:
@@ -287,7 +306,7 @@ def _tiers(keys: Mapping[str, Setting], workers: Workers, file: str) -> tuple[_T
     general = _one(checkpoint, "every", Setting.every, None)
     # `auto` leaves each tier its own default: for memory the overhead decides, for the store half a minute.
     every = general if general != Every() else None
-    standard = MemoryTier(every or Every(), min(2, workers.nodes_max))
+    standard = MemoryTier(every or Every(), min(2, workers.nodes_max + workers.standby_nodes))
     tiers = _one(checkpoint, "tiers", Setting.items, None)
     if tiers is None:
         store, place = _shorthand(keys, every, file)
@@ -347,11 +366,9 @@ def _second_tier(keys: dict[str, Setting], every: Every | None, first: StoreTier
 def _memory_tier(keys: dict[str, Setting], standard: MemoryTier, workers: Workers) -> MemoryTier:
     _refuse(keys, ("kind", "copies", "every"), "a memory tier")
     copies = _one(keys, "copies", lambda value: value.whole(1, COPIES_MAX), standard.copies)
-    if copies > workers.nodes_max:
-        keys["copies"].fail(
-            f"{copies} copies need as many nodes, not {workers.nodes_max}",
-            f"write {workers.nodes_max} or raise workers.nodes",
-        )
+    nodes = workers.nodes_max + workers.standby_nodes
+    if copies > nodes:
+        keys["copies"].fail(f"{copies} copies need as many nodes, not {nodes}", f"write {nodes} or raise workers.nodes")
     return MemoryTier(_one(keys, "every", Setting.every, standard.every), copies)
 
 

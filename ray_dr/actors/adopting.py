@@ -50,7 +50,7 @@ def find_living(host: Host, agents: dict[str, AgentRef], workers: dict[str, Work
             workers[said["worker"]] = WorkerRef(
                 said["worker"], said["node"], handle, said["rendezvous"], said["attempt"], said["step"],
                 said["running"], said["rank"],
-                codec.from_json(VersionId, said["restore"]) if said["restore"] else None, said["world"],
+                codec.from_json(VersionId, said["restore"]) if said["restore"] else None, said["world"], said["reserves"],
             )  # fmt: skip
         else:
             cluster.kill(handle)

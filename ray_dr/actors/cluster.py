@@ -15,10 +15,12 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ray_dr.actors.node_agent import NodeAgent
 from ray_dr.actors.worker import Worker
-from ray_dr.model.job import Workers
+from ray_dr.model.job import Job, Workers
 
 NAMESPACE = "ray_dr"
 CALLS_AT_ONCE = 8
+SEE_ALL_GPUS = "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"
+"""Ray else shows an actor the GPUs of its share only, and one without a share none: here each takes that of its local rank."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +64,10 @@ def nodes() -> tuple[RayNode, ...]:
 
 
 def fits(node: RayNode, workers: Workers) -> bool:
-    """Whether a node is large enough for one node's share of the job's workers."""
+    """Whether a node is large enough for one node's share of the job's workers. With standby processes these share its GPUs,
+    all of them: it must have no other."""
+    if workers.standby_processes and workers.gpus_per_worker and node.gpus != workers.per_node:
+        return False
     return (
         node.cpus >= workers.cpus_per_worker * workers.per_node
         and node.gpus >= workers.gpus_per_worker * workers.per_node
@@ -80,13 +85,20 @@ def start_agent(
     ).remote(store_url, token, disk, second_url)  # fmt: skip
 
 
-def start_worker(job: str, worker: str, node: str, agent: str, token: bytes, train: bytes, workers: Workers) -> Any:
-    """A worker process on a node, started or found."""
+def start_worker(job: Job, worker: str, node: str, agent: str, token: bytes, train: bytes, *, reserves: bool = True) -> Any:
+    """A worker process on a node, started or found.
+
+    reserves   it holds a worker's share of the node for the job. One beyond `per_node` holds nothing: it computes only when
+               it has taken another's place, and the next process to start takes the share that this one has set free
+    """
+    workers = job.workers
+    share_gpus = workers.standby_processes and workers.gpus_per_worker
     return ray.remote(Worker).options(
-        name=f"worker:{job}:{worker}", namespace=NAMESPACE, lifetime="detached", get_if_exists=True,
-        num_cpus=workers.cpus_per_worker, num_gpus=workers.gpus_per_worker, max_concurrency=CALLS_AT_ONCE,
-        scheduling_strategy=_on(node),
-    ).remote(worker, agent, token, train)  # fmt: skip
+        name=f"worker:{job.name}:{worker}", namespace=NAMESPACE, lifetime="detached", get_if_exists=True,
+        num_cpus=workers.cpus_per_worker if reserves else 0, num_gpus=workers.gpus_per_worker if reserves else 0,
+        max_concurrency=CALLS_AT_ONCE, scheduling_strategy=_on(node),
+        runtime_env={"env_vars": {SEE_ALL_GPUS: "1"}} if share_gpus else None,
+    ).remote(worker, agent, token, train, job.store.url)  # fmt: skip
 
 
 def actors_of(job: str) -> tuple[str, ...]:

@@ -24,12 +24,14 @@ DETAIL_CHARS = 300
 
 
 def ask(host: Host, worker: str, node: str, handle: Any, pool: Executor) -> None:
-    """Ask why a worker ended, with a call that can't be answered any more."""
-    cluster.when_done(handle.describe.remote(), partial(_told, host, worker, node), pool)
+    """Ask why a worker ended, with a call that can't be answered any more; then end what is left of it: earlier, that would be
+    the cause that Ray knows."""
+    cluster.when_done(handle.describe.remote(), partial(_told, host, worker, node, handle), pool)
 
 
-def _told(host: Host, worker: str, node: str, answer: Future[Any]) -> None:
+def _told(host: Host, worker: str, node: str, handle: Any, answer: Future[Any]) -> None:
     error = answer.exception()
+    cluster.kill(handle)
     if not isinstance(error, OutOfMemoryError):
         return
     said = " ".join(str(error).split())[:DETAIL_CHARS]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +18,10 @@ from ray_dr.model.checkpoint import Held, VersionId
 from ray_dr.model.events import InventoryTaken
 from ray_dr.model.journal import Marked, Where
 from ray_dr.model.recovery import Group
+from ray_dr.recovery import standbys
 from ray_dr.recovery.groups import group_of
 from ray_dr.recovery.plan import choose_version, copies
-from ray_dr.recovery.replicas import Domain, replicas
+from ray_dr.recovery.replicas import Domain
 from ray_dr.telemetry.tiers import COPIES_KEPT
 
 if TYPE_CHECKING:
@@ -59,6 +60,8 @@ class WorkerRef:
     rank: int = -1
     restore: VersionId | None = None
     world: int = 0
+    reserves: bool = True
+    """Whether it holds a share of the node for the job."""
 
 
 class Forming:
@@ -72,6 +75,8 @@ class Forming:
         self.began: VersionId | None = None
         self.peers = 0
         self._on_disk: tuple[str, ...] = ()
+        self._kept_in = 0
+        self._kept: Mapping[str, tuple[str, ...]] = {}
         self.unreadable: frozenset[VersionId] = frozenset()
 
     def refs(self, members: Iterable[str]) -> list[WorkerRef]:
@@ -144,13 +149,11 @@ class Forming:
         return Origin(version, world, in_memory, first, on_disk, second)
 
     def _assignments(self, group: Group, refs: list[WorkerRef], origin: Origin | None) -> list[Assignment]:
-        w, host = self._job.workers, self._host
+        w = self._job.workers
         seen: dict[str, int] = {}
         agents = dict(self._agents)  # nodes come and go meanwhile
         self._on_disk = self._disk()
-        keepers = replicas({node: agent.domain for node, agent in agents.items()}, self._job.memory.copies)
-        self.peers = max(map(len, keepers.values()), default=0)
-        host.note(COPIES_KEPT, attempt=group.attempt, peers=self.peers, keepers={node: list(on) for node, on in keepers.items()})
+        keepers = self._keepers(group, refs, agents)
         out = []
         for rank, ref in enumerate(refs):
             local = seen[ref.node] = seen.get(ref.node, -1) + 1
@@ -165,6 +168,29 @@ class Forming:
                 )
             )  # fmt: skip
         return out
+
+    def keep_anew(self, group: Group) -> None:
+        """Nodes that stand by have come or gone while a group runs: its members are told who keeps their copies from now on."""
+        refs, agents, before = self.refs(group.members), dict(self._agents), self._kept
+        if len(refs) != len(group.members) or not agents.keys() >= {ref.node for ref in refs}:
+            return  # it is about to break
+        keepers = self._keepers(group, refs, agents)
+        for ref in refs:
+            if before.get(ref.node) != keepers[ref.node]:
+                ref.handle.set_keepers.remote(group.attempt, [agents[node].address for node in keepers[ref.node]])
+
+    def _keepers(self, group: Group, refs: list[WorkerRef], agents: dict[str, AgentRef]) -> Mapping[str, tuple[str, ...]]:
+        """By node, those that keep copies of what a group's members save there."""
+        domains = {node: agent.domain for node, agent in agents.items()}
+        working = {ref.node for ref in refs}
+        spare = [node for node in agents if node not in working] if self._job.workers.standby_nodes else []
+        keepers = standbys.keepers(domains, self._job.memory.copies, spare)
+        if (group.attempt, keepers) != (self._kept_in, self._kept):
+            self.peers = max(map(len, keepers.values()), default=0)
+            named = {node: list(on) for node, on in keepers.items()}
+            self._host.note(COPIES_KEPT, attempt=group.attempt, peers=self.peers, keepers=named)
+        self._kept_in, self._kept = group.attempt, keepers
+        return keepers
 
     def terms(self) -> dict[str, int]:
         """The term in each place that the newest group may save to."""

@@ -56,6 +56,7 @@ from ray_dr.model.journal import (
 )
 from ray_dr.model.recovery import Failed, Finished, Group
 from ray_dr.model.upload import Upload
+from ray_dr.recovery.fleet import idle_workers
 from ray_dr.recovery.groups import group_of
 from ray_dr.recovery.machine import initial, step
 from ray_dr.recovery.policy import policy_of
@@ -150,6 +151,7 @@ class Host:
         return {
             "phase": type(self.state.phase).__name__, "attempt": self.state.attempt, "step": self.progress.step,
             "world": len(group.members) if group else 0, "nodes": [node.id for node in self.state.nodes],
+            "standbys": idle_workers(self.state, group) if group else (),
             "incidents": self.state.incidents, "term": self.term, "tiers": self.saves.tiers(),
             "journal_lag_s": self.journal.lag_s, "over": self._over.is_set(), **codec.to_json(self._live.view()),
         }  # fmt: skip
@@ -287,7 +289,7 @@ class Host:
                 # Else it was told to end, or belonged to a supervisor before this one: no news of those that start now.
                 how = message.get("how", "its connection closed")
                 self._senses.exited(node, message["lost"], how, oom=message.get("oom", False))
-                self.perform.ask_death(message["lost"])
+                self.perform.ended(message["lost"])
                 self.decide(WorkerLost(time.time(), message["lost"], node, how, self.progress.step))
         self._acks[report.node] = report.last
 

@@ -35,7 +35,7 @@ from ray_dr.model.attempt import Cadence
 from ray_dr.model.checkpoint import VersionId
 from ray_dr.model.events import ActionFailed, NodeJoined, Saved, WorkerLost, WorkerReady, WorkerStopped
 from ray_dr.model.journal import Where
-from ray_dr.model.recovery import Group, State
+from ray_dr.model.recovery import Group, Running, State
 
 if TYPE_CHECKING:
     from ray_dr.actors.host import Host
@@ -69,21 +69,29 @@ class Performer:
         self.forming = Forming(host, self._agents, self._workers)
         self.final: VersionId | None = None
         self._target = self._asked = 0
+        self._kept_for: tuple[int, tuple[str, ...]] = 0, ()
 
     # -- what the loop asks
 
     def know(self, state: State) -> None:
         """The newest state, for threads that only read."""
         self._state = state
+        if self._job.workers.standby_nodes and isinstance(state.phase, Running):
+            seen = state.attempt, tuple(node.id for node in state.nodes)
+            if seen != self._kept_for:
+                self._kept_for = seen
+                self._pool.submit(self.forming.keep_anew, state.phase.group)
 
     def node_of(self, worker: str) -> str | None:
         """The node of a worker, if it is known."""
         ref = self._workers.get(worker)
         return ref.node if ref else None
 
-    def ask_death(self, worker: str) -> None:
-        """What Ray says of the end of a worker goes to the journal."""
-        if (ref := self._workers.get(worker)) is not None:
+    def ended(self, worker: str) -> None:
+        """A worker's connection closed. What Ray says of its end goes to the journal; then whatever is left of it goes, and its
+        share of the node is free."""
+        ref = self._workers.pop(worker, None)
+        if ref is not None:
             deaths.ask(self._host, worker, ref.node, ref.handle, self._pool)
 
     def has(self, node: str) -> bool:
@@ -231,7 +239,7 @@ class Performer:
         machines are left out; one that was just lost is taken only while no other fits."""
         now = time.monotonic()
         pending = sum(now - since < AGENT_START_S for since in self._coming.values())
-        room = self._host.policy.nodes_max - len(self._agents) - pending
+        room = self._host.policy.nodes_wanted - len(self._agents) - pending
         alive = cluster.nodes()
         usable = self._host.machines.usable(alive, [node for node in alive if cluster.fits(node, self._job.workers)])
         free = [node for node in usable if node not in self._agents and node not in self._coming]
@@ -307,10 +315,12 @@ class Performer:
             return  # the node was lost meanwhile, and its loss is in the mailbox
         number = self._incarnation[f"worker {node}"] = self._incarnation.get(f"worker {node}", 0) + 1
         worker = f"{node[:8]}{node[-5:]}/{self._host.term}.{number}"
+        shares = sum(ref.reserves for ref in tuple(self._workers.values()) if ref.node == node)
+        reserves = shares < self._job.workers.per_node
         handle = cluster.start_worker(
-            self._job.name, worker, node, agent.address, self._token, self._train, self._job.workers
+            self._job, worker, node, agent.address, self._token, self._train, reserves=reserves
         )
-        self._workers[worker] = WorkerRef(worker, node, handle)
+        self._workers[worker] = WorkerRef(worker, node, handle, reserves=reserves)
         cluster.when_done(handle.describe.remote(), lambda future: self._worker_up(worker, node, future), self._pool)
 
     def _worker_up(self, worker: str, node: str, future: Future[Any]) -> None:
@@ -322,7 +332,9 @@ class Performer:
                 WorkerLost(time.time(), worker, node, f"it did not start: {error}"[:300], self._host.progress.step)
             )
             return
-        self._workers[worker].rendezvous = said["rendezvous"]
+        if (ref := self._workers.get(worker)) is None:
+            return  # it was told to end, or has ended, meanwhile
+        ref.rendezvous = said["rendezvous"]
         self._host.post(WorkerReady(time.time(), worker, node))
 
     def _drop_worker(self, worker: str) -> None:

@@ -15,18 +15,19 @@ from ray_dr.model.attempt import Assignment, Cadence
 class Worker:
     """Detached; ends when its agent does. `train` comes pickled from the driver, through Ray, never from storage."""
 
-    def __init__(self, worker: str, agent: str, token: bytes, train: bytes) -> None:
+    def __init__(self, worker: str, agent: str, token: bytes, train: bytes, store_url: str) -> None:
         from ray_dr.train.session import Session  # torch is imported here, in the worker, and nowhere else
 
         host = ray.util.get_node_ip_address()
         self._worker = worker
-        self._session = Session(worker, agent, token, host, ray.cloudpickle.loads(train))
+        self._session = Session(worker, agent, token, host, ray.cloudpickle.loads(train), store_url)
 
     def describe(self) -> dict[str, Any]:
         """Identity, rendezvous address and what it is doing."""
         return {
             "worker": self._worker, "node": ray.get_runtime_context().get_node_id(), "pid": os.getpid(),
             "rendezvous": self._session.rendezvous, **self._session.status(),
+            "reserves": bool(ray.get_runtime_context().get_assigned_resources()),
         }  # fmt: skip
 
     def start(self, assignment: Any) -> bool:
@@ -44,6 +45,10 @@ class Worker:
     def set_terms(self, attempt: int, terms: dict[str, int]) -> bool:
         """Save to these places from now on, in these terms."""
         return self._session.set_terms(attempt, terms)
+
+    def set_keepers(self, attempt: int, addresses: list[str]) -> bool:
+        """Have copies kept by these agents from now on."""
+        return self._session.set_keepers(attempt, addresses)
 
     def set_cadence(self, attempt: int, cadence: Any) -> bool:
         """Save at other intervals."""

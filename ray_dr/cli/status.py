@@ -50,6 +50,7 @@ def describe(
             ("step", f"{told.step}" if told.loss is None else f"{told.step}, loss {told.loss:.4f}"),
             ("samples", f"{told.samples:,}"),
             ("alive", "nothing, it is over" if told.phase in OVER else f"{told.nodes} nodes, {told.workers} workers"),
+            *([("standing by", ", ".join(told.standbys))] if told.standbys else []),
             ("attempt", f"{told.attempt}, term {told.term}, {told.incidents} incidents"),
             ("checkpoint", _committed(newest, now)),
             ("armed", _armed(told)),

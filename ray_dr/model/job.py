@@ -20,6 +20,10 @@ class Workers:
     per_node: int = 1
     cpus_per_worker: float = 1.0
     gpus_per_worker: float = 0.0
+    standby_nodes: int = 0
+    """Nodes beyond `nodes_max`, with all their workers up, that take the places of lost ones."""
+    standby_processes: int = 0
+    """Processes beyond `per_node` on each node of the group, that take the places of lost ones there."""
 
 
 @dataclass(frozen=True, slots=True)

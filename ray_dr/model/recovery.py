@@ -81,6 +81,18 @@ class Policy:
     start_s: float
     settle_s: float
     attempts_without_progress: int
+    standby_nodes: int = 0
+    standby_processes: int = 0
+
+    @property
+    def nodes_wanted(self) -> int:
+        """Nodes in all: those of the largest group, and those that stand by."""
+        return self.nodes_max + self.standby_nodes
+
+    @property
+    def has_standbys(self) -> bool:
+        """Whether more workers are wanted than a group takes."""
+        return self.standby_nodes + self.standby_processes > 0
 
 
 # -------------------------------------------------------------------------------------------------------------- states

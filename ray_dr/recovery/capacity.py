@@ -24,7 +24,7 @@ from ray_dr.model.recovery import (
     Suspended,
 )
 from ray_dr.recovery import draining, incidents
-from ray_dr.recovery.fleet import add, drop, end_worker, find, given_up, put, request_missing, start_missing
+from ray_dr.recovery.fleet import add, drop, end_worker, find, gained, given_up, put, request_missing, start_missing
 from ray_dr.recovery.groups import answered, group_of
 from ray_dr.recovery.words import count, describe, ignored
 
@@ -35,13 +35,14 @@ def node_joined(state: State, event: NodeJoined, policy: Policy) -> Decision:
         return ignored(state, f"node {event.node} is known")
     if _ending(state):
         return Decision(state, (ReleaseNode(event.node),), f"node {event.node} comes too late: the job is ending")
-    if len(state.nodes) >= policy.nodes_max:
-        reason = f"node {event.node} is not needed: {count(policy.nodes_max, 'node')} are all the job may have"
+    if len(state.nodes) >= policy.nodes_wanted:
+        reason = f"node {event.node} is not needed: {count(policy.nodes_wanted, 'node')} are all the job may have"
         return Decision(state, (ReleaseNode(event.node),), reason)
-    living, surplus = event.workers[: policy.workers_per_node], event.workers[policy.workers_per_node :]
+    most = policy.workers_per_node + policy.standby_processes
+    living, surplus = event.workers[:most], event.workers[most:]
     node = Node(event.node, ready=living, lost=surplus)
     after = replace(add(_new_question(state), node), changed_at=event.at)
-    after, _ = request_missing(after, policy) if len(after.nodes) >= policy.nodes_max else (after, ())
+    after, _ = request_missing(after, policy) if len(after.nodes) >= policy.nodes_wanted else (after, ())
     after, starts = start_missing(after, policy, node)
     kills = tuple(KillWorker(worker) for worker in surplus)
     return Decision(after, (*kills, *starts), f"node {event.node} joined: {count(len(after.nodes), 'node')} now")
@@ -64,7 +65,7 @@ def worker_ready(state: State, event: WorkerReady, policy: Policy) -> Decision:
         return ignored(state, f"node {event.node} is not part of the job")
     if event.worker in node.ready or event.worker in node.lost:
         return ignored(state, f"worker {event.worker} is known")
-    if len(node.ready) >= policy.workers_per_node:
+    if len(node.ready) >= policy.workers_per_node + policy.standby_processes:
         reason = f"worker {event.worker} is one too many on node {node.id}"
         return Decision(put(state, end_worker(node, event.worker)), (KillWorker(event.worker),), reason)
     gave_up = given_up(node, policy)
@@ -72,7 +73,7 @@ def worker_ready(state: State, event: WorkerReady, policy: Policy) -> Decision:
     after = replace(put(state, node), changed_at=event.at)
     # Where starts were given up, that one has come up is reason enough to try again.
     after, starts = start_missing(after, policy) if gave_up and not _ending(state) else (after, ())
-    return Decision(after, starts, f"worker {event.worker} is ready")
+    return Decision(after, starts, f"worker {event.worker} is ready{_and_stands_by(after, policy)}")
 
 
 def worker_lost(state: State, event: WorkerLost, policy: Policy) -> Decision:
@@ -150,6 +151,13 @@ def _after_loss(state: State, loss: Incident, workers: Collection[str], policy: 
             return _replace_idle(state, loss, policy)
 
 
+def _and_stands_by(state: State, policy: Policy) -> str:
+    """Words for a worker that has just come up, and that the group has no place for."""
+    group = group_of(state)
+    needed = not policy.has_standbys or group is None or gained(state, group, policy)
+    return "" if needed else " and stands by"
+
+
 def _replace_idle(state: State, loss: Incident, policy: Policy) -> Decision:
     state, requests = request_missing(state, policy)
     state, starts = start_missing(state, policy)
@@ -199,7 +207,7 @@ def _give_back(state: State, node: Node, reason: str, policy: Policy) -> Decisio
     release: tuple[Action, ...] = (ReleaseNode(node.id),)
     state = _new_question(state)
     if isinstance(state.phase, Running | Starting | Resizing):
-        return Decision(replace(state, requested=policy.nodes_max), release, f"{reason}: the node is given back")
+        return Decision(replace(state, requested=policy.nodes_wanted), release, f"{reason}: the node is given back")
     state = replace(state, failures=state.failures + 1, first_cause=state.first_cause or reason, requested=0)
     if state.failures > policy.attempts_without_progress:
         why = f"{reason}; first: {state.first_cause}"

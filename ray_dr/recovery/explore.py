@@ -123,7 +123,7 @@ def _capacity_comes(state: State, policy: Policy, at: float) -> Event:
     for node in state.nodes:
         if node.starting:
             return WorkerReady(at, fresh_worker(state, node.id), node.id)
-    if len(state.nodes) < policy.nodes_max:
+    if len(state.nodes) < policy.nodes_wanted:
         return NodeJoined(at, next(name for name in NAMES if all(node.id != name for node in state.nodes)))
     return Tick(at + policy.start_s)
 

@@ -13,6 +13,7 @@ from ray_dr.model.actions import Action, RequestNodes, StartWorkers
 from ray_dr.model.recovery import Group, Node, Policy, State
 from ray_dr.model.signal import node_of
 from ray_dr.recovery.row import row_of
+from ray_dr.recovery.standbys import chosen, wanted_on
 
 LOST_KEPT = 16
 """Ended workers remembered per node; more than can be on their way to the supervisor at any time."""
@@ -59,12 +60,12 @@ def ready_workers(state: State) -> tuple[str, ...]:
     return row_of(state.nodes).workers
 
 
-def ranked(state: State) -> tuple[str, ...]:
-    """All workers that are up, in the rank order of a next group that is as large as the last one, or larger: survivors keep
-    their ranks, so that each finds in its own memory what it staged there; newcomers take the places of the dead, on their
-    own node first, and further ranks at the end. A smaller group holds other shards anyway: survivors as they stood, then
-    newcomers. A node's ranks need not be neighbours."""
-    ready, before = dict.fromkeys(ready_workers(state)), dict.fromkeys(state.order)
+def ranked(state: State, policy: Policy) -> tuple[str, ...]:
+    """All workers that are up, but for those that stand by, in the rank order of a next group that is as large as the last
+    one, or larger: survivors keep their ranks, so that each finds in its own memory what it staged there; newcomers take the
+    places of the dead, on their own node first, and further ranks at the end. A smaller group holds other shards anyway:
+    survivors as they stood, then newcomers. A node's ranks need not be neighbours."""
+    ready, before = dict.fromkeys(chosen(state, policy)), dict.fromkeys(state.order)
     new = dict.fromkeys(worker for worker in ready if worker not in before)
     if len(ready) < len(before):
         return (*(worker for worker in before if worker in ready), *new)
@@ -97,11 +98,11 @@ def given_up(node: Node, policy: Policy) -> bool:
 
 def start_missing(state: State, policy: Policy, only: Node | None = None) -> tuple[State, tuple[Action, ...]]:
     """Workers that every node lacks are started; those of `only` one, where no other can lack any."""
-    wanted = policy.workers_per_node
-    lacking = [node for node in (state.nodes if only is None else (only,)) if len(node.ready) + node.starting < wanted]
-    changed = {
-        node.id: replace(node, starting=wanted - len(node.ready)) for node in lacking if not given_up(node, policy)
-    }
+    members = frozenset(state.order) if policy.standby_processes else frozenset()
+    wanted = [(node, wanted_on(node, state, policy, members)) for node in (state.nodes if only is None else (only,))]
+    lacks = {node.id: wants - len(node.ready) for node, wants in wanted if len(node.ready) + node.starting < wants}
+    lacking = [node for node, _ in wanted if node.id in lacks]
+    changed = {node.id: replace(node, starting=lacks[node.id]) for node in lacking if not given_up(node, policy)}
     actions = tuple(StartWorkers(node.id, node.starting - lacked.starting)
                     for lacked in lacking if (node := changed.get(lacked.id)) is not None)  # fmt: skip
     if len(changed) == 1:
@@ -110,12 +111,20 @@ def start_missing(state: State, policy: Policy, only: Node | None = None) -> tup
 
 
 def request_missing(state: State, policy: Policy) -> tuple[State, tuple[Action, ...]]:
-    """Nodes up to `nodes_max` are asked for, once until they are all here."""
-    if len(state.nodes) >= policy.nodes_max:
+    """Nodes up to `nodes_max`, and those that stand by, are asked for, once until they are all here."""
+    if len(state.nodes) >= policy.nodes_wanted:
         return replace(state, requested=0), ()
-    if state.requested == policy.nodes_max:
+    if state.requested == policy.nodes_wanted:
         return state, ()
-    return replace(state, requested=policy.nodes_max), (RequestNodes(policy.nodes_max),)
+    return replace(state, requested=policy.nodes_wanted), (RequestNodes(policy.nodes_wanted),)
+
+
+def gained(state: State, group: Group, policy: Policy) -> tuple[str, ...]:
+    """Workers that would take part in a larger group; none where the next one would be no larger: then it would be the same."""
+    if len(group.members) >= policy.nodes_max * policy.workers_per_node:
+        return ()
+    members = frozenset(group.members)
+    return tuple(worker for worker in chosen(state, policy) if worker not in members)
 
 
 def idle_workers(state: State, group: Group) -> tuple[str, ...]:

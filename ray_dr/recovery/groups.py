@@ -21,6 +21,7 @@ from ray_dr.model.recovery import (
     Suspended,
 )
 from ray_dr.recovery.fleet import are_full, ranked, ready_workers, usable_nodes
+from ray_dr.recovery.standbys import in_words, takers
 from ray_dr.recovery.words import count
 
 
@@ -83,16 +84,20 @@ def restore_of(found: VersionId | Literal["scratch"] | None) -> VersionId | None
     return found if isinstance(found, VersionId) else None
 
 
-def form(state: State, restore: VersionId | None, at: float) -> Decision:
-    """The next attempt begins with every worker that is up."""
+def form(state: State, restore: VersionId | None, at: float, policy: Policy) -> Decision:
+    """The next attempt begins with every worker that is up, but for those that stand by."""
     if isinstance(state.phase, Recovering):
         assert not state.phase.unwinding, "a member of a broken group cannot be in the next one"
     # A version may be of an attempt that no journal told this supervisor of: its number is taken.
     newest = max(state.attempt, restore.attempt if restore else 0)
-    group = Group(newest + 1, ranked(state), restore)
+    group = Group(newest + 1, ranked(state, policy), restore)
     assert group.members, "a group has members"
     assert set(group.members) <= set(ready_workers(state)), "members are up"
     source = f"step {restore.step} of attempt {restore.attempt}" if restore else "scratch"
-    size = f"{count(len(group.members), 'worker')} on {count(usable_nodes(state), 'node')}"
+    members = frozenset(group.members)
+    nodes = sum(not members.isdisjoint(node.ready) for node in state.nodes)
+    size = f"{count(len(group.members), 'worker')} on {count(nodes, 'node')}"
+    taken = takers(state.order, group.members) if policy.has_standbys else ()
+    places = f": {in_words(taken)}" if taken else ""
     after = replace(answered(state), phase=Starting(group, at), attempt=group.attempt, order=group.members, done=())
-    return Decision(after, (FormGroup(group),), f"attempt {group.attempt} begins with {size} from {source}")
+    return Decision(after, (FormGroup(group),), f"attempt {group.attempt} begins with {size} from {source}{places}")

@@ -11,8 +11,9 @@ from dataclasses import replace
 
 from ray_dr.model.actions import AbortGroup, Action, CloseJob, Decision
 from ray_dr.model.recovery import Failed, FailureKind, Group, Incident, Policy, Recovering, Resizing, Starting, State
-from ray_dr.recovery.fleet import ready_workers, request_missing, start_missing, usable_nodes
+from ray_dr.recovery.fleet import ranked, ready_workers, request_missing, start_missing, usable_nodes
 from ray_dr.recovery.groups import take_inventory
+from ray_dr.recovery.standbys import in_words, takers
 from ray_dr.recovery.words import also, count, describe
 
 SYMPTOMS = (FailureKind.GROUP_BROKEN, FailureKind.START_TIMEOUT)
@@ -142,6 +143,8 @@ def _still_inside(state: State, group: Group, gone: Collection[str]) -> tuple[st
 def _remaining(state: State, group: Group, policy: Policy) -> str:
     left = len(group.members) - len(absent_members(state, group))
     of = f"{left} of {count(len(group.members), 'worker')}"
+    if policy.has_standbys and (taken := takers(group.members, ranked(state, policy))):
+        return f"{of} left, standby {in_words(taken)}"
     return f"going on with {of}" if usable_nodes(state) >= policy.min_nodes_to_run else f"{of} left"
 
 

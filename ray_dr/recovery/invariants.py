@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from ray_dr.model.actions import AbortGroup, CloseJob, Decision, FormGroup, StopGroup
 from ray_dr.model.events import Event
-from ray_dr.model.recovery import Failed, Finished, Policy, Recovering, Resizing, Starting, State
-from ray_dr.recovery.fleet import ready_workers
+from ray_dr.model.recovery import Failed, Finished, Policy, Recovering, Resizing, Running, Starting, State
+from ray_dr.recovery.fleet import ranked, ready_workers
 
 
 def check(before: State, event: Event, decision: Decision, policy: Policy, *, walk: bool = True) -> None:
@@ -20,10 +20,12 @@ def check(before: State, event: Event, decision: Decision, policy: Policy, *, wa
     assert decision.reason, "every decision has a reason"
     assert after.attempt >= before.attempt, "I8: attempts only grow"
     assert after.incidents >= before.incidents, "incidents are numbered upwards"
-    assert len(after.nodes) <= policy.nodes_max, "I13: never more nodes than allowed"
+    assert len(after.nodes) <= policy.nodes_wanted, "I13: never more nodes than allowed"
     if walk and after.nodes is not before.nodes:
         ready = ready_workers(after)
         assert len(set(ready)) == len(ready), "a worker is on one node"
+        most = policy.workers_per_node + policy.standby_processes
+        assert all(len(node.ready) <= most for node in after.nodes), "no more processes on a node than wanted"
     assert after.failures <= policy.attempts_without_progress or isinstance(after.phase, Failed), "I12: bounded"
     _check_quiet(before, decision, walk=walk)
     _check_groups(before, decision, policy)
@@ -56,10 +58,15 @@ def _check_groups(before: State, decision: Decision, policy: Policy) -> None:
         members = frozenset(group.members)
         nodes = [node for node in decision.state.nodes if not members.isdisjoint(node.ready)]
         assert policy.min_nodes_to_run <= len(nodes) <= policy.nodes_max, "I13: between the limits"
+        crowd = [node for node in nodes if len(members.intersection(node.ready)) > policy.workers_per_node]
+        assert not crowd, "I13: no more members on a node than workers"
         for place, worker in enumerate(before.order):
             moved = len(group.members) < len(before.order) or worker not in group.members
             assert moved or group.members[place] == worker, "a survivor keeps its rank while there are ranks enough"
         assert not _still_inside(before) - _left(decision, before), "I8: nobody is in two groups"
+    if isinstance(before.phase, Running) and isinstance(decision.state.phase, Resizing) and not decision.state.phase.stopped:
+        larger = len(ranked(decision.state, policy)) > len(decision.state.phase.group.members)
+        assert larger, "a group stops only for a larger one, not for who stands by"
     for action in decision.actions:
         if isinstance(action, AbortGroup | StopGroup):
             assert action.attempt <= before.attempt or action.attempt == decision.state.attempt, "a group that exists"

@@ -149,7 +149,7 @@ def _one_stopped(state: State, phase: Resizing, event: WorkerStopped | WorkerRet
     reason = f"worker {event.worker} stopped at step {step}"
     if not _covered(phase.group, (*left, *state.done)):
         return Decision(state, (), reason)
-    return also(Decision(state, (), reason), form(state, VersionId(phase.group.attempt, step), event.at))
+    return also(Decision(state, (), reason), form(state, VersionId(phase.group.attempt, step), event.at, policy))
 
 
 def _all_returned(state: State, event: WorkerReturned) -> Decision:

@@ -62,7 +62,7 @@ from ray_dr.model.recovery import (
     Suspended,
 )
 from ray_dr.recovery import capacity, draining, incidents, leaving
-from ray_dr.recovery.fleet import idle_workers, request_missing, still_starting, usable_nodes
+from ray_dr.recovery.fleet import gained, ranked, request_missing, start_missing, still_starting, usable_nodes
 from ray_dr.recovery.groups import answered, begins_at, can_begin, form, restore_of, take_inventory
 from ray_dr.recovery.words import NOTHING_DUE, also, count, ignored
 
@@ -133,10 +133,12 @@ def _go_on(decision: Decision, at: float, policy: Policy) -> Decision:
             return also(decision, take_inventory(state, at, policy))
         case Recovering(unwinding=()) as phase if phase.found is not None:
             if usable_nodes(state) >= policy.min_nodes_to_run:
-                return also(decision, form(state, restore_of(phase.found), at))
+                return also(decision, form(state, restore_of(phase.found), at, policy))
             return also(decision, _suspend(state, phase, at, policy))
         case Running() as phase if not state.done and _can_grow(state, phase, at, policy):
-            return also(decision, _resize(state, phase, at))
+            return also(decision, _resize(state, phase, at, policy))
+        case Running() if not state.done and policy.standby_processes:
+            return _refill_standbys(decision, policy)
         case _:
             return decision
 
@@ -149,20 +151,29 @@ def _suspend(state: State, phase: Recovering, at: float, policy: Policy) -> Deci
 
 def _can_grow(state: State, phase: Running, at: float, policy: Policy) -> bool:
     """Whether idle workers are up and it is not worth waiting for more of them."""
-    idle = idle_workers(state, phase.group)
+    idle = gained(state, phase.group, policy)
     if not idle:
         return False
     waited = at - state.changed_at
     if waited >= policy.start_s:
         return True
-    complete = len(state.nodes) >= policy.nodes_max and not still_starting(state.nodes)
+    whole = policy.has_standbys and len(ranked(state, policy)) == policy.nodes_max * policy.workers_per_node
+    complete = whole or (len(state.nodes) >= policy.nodes_wanted and not still_starting(state.nodes))
     beside = [node for node in state.nodes if set(node.ready) & set(idle)]
     return complete or (waited >= policy.settle_s and not still_starting(beside))
 
 
-def _resize(state: State, phase: Running, at: float) -> Decision:
-    attempt, idle = phase.group.attempt, idle_workers(state, phase.group)
-    reason = f"{count(len(idle), 'worker')} more can take part: attempt {attempt} stops at its next common step"
+def _refill_standbys(decision: Decision, policy: Policy) -> Decision:
+    """Processes that stand by start while steps are done, and never within a recovery."""
+    state, starts = start_missing(decision.state, policy)
+    if not starts:
+        return decision
+    return also(decision, Decision(state, starts, f"more processes to stand by start on {count(len(starts), 'node')}"))
+
+
+def _resize(state: State, phase: Running, at: float, policy: Policy) -> Decision:
+    attempt, more = phase.group.attempt, len(ranked(state, policy)) - len(phase.group.members)
+    reason = f"{count(more, 'worker')} more can take part: attempt {attempt} stops at its next common step"
     return Decision(
         replace(state, phase=Resizing(phase.group, (), at)), (StopGroup(attempt, everywhere=False),), reason
     )
@@ -206,7 +217,7 @@ def _inventory_taken(state: State, event: InventoryTaken, policy: Policy) -> Dec
         case Queued() | Suspended() as phase:
             after = replace(state, phase=replace(phase, asked=False))
             if can_begin(after, event.at, policy):
-                return also(Decision(after, (), f"{found} can be restored"), form(after, newest, event.at))
+                return also(Decision(after, (), f"{found} can be restored"), form(after, newest, event.at, policy))
             return Decision(after, (), "the nodes it was asked for are gone again: waiting for capacity")
         case _:
             raise AssertionError("an inventory is open in no other phase")
@@ -308,7 +319,7 @@ def _must_ask(state: State, at: float, policy: Policy) -> bool:
     if state.retry_at is not None:
         return at >= state.retry_at
     opened, ending = state.changed_at > 0, isinstance(state.phase, Draining | Finishing)
-    return opened and not ending and state.requested == 0 and len(state.nodes) < policy.nodes_max
+    return opened and not ending and state.requested == 0 and len(state.nodes) < policy.nodes_wanted
 
 
 def _ask_again(state: State, at: float, policy: Policy) -> Decision:

@@ -22,6 +22,7 @@ from ray_dr.model.actions import (
 from ray_dr.model.checkpoint import Held, VersionId
 from ray_dr.model.events import ActionFailed, InventoryTaken, NodeJoined, Saved, WorkerLost, WorkerReady
 from ray_dr.model.recovery import Group
+from ray_dr.recovery import standbys
 from ray_dr.recovery.groups import group_of
 from ray_dr.recovery.plan import choose_version
 from ray_dr.recovery.replicas import replicas
@@ -99,7 +100,7 @@ class Performer:
         if not self._host.alive or self._host.outcome is not None:
             return
         pending = sum(now - since < AGENT_START_S for since in self._coming.values())
-        room = self._host.policy.nodes_max - len(self.agents) - pending
+        room = self._host.policy.nodes_wanted - len(self.agents) - pending
         if room <= 0:
             return
         taken = self.agents.keys() | self._coming.keys()
@@ -261,7 +262,11 @@ class Performer:
     def _send_out(self, group: Group, members: Sequence[Worker]) -> None:
         world = self._world
         by_node = {agent.node.id: agent for agent in self.agents.values()}
-        named = replicas({node: world.domain(agent.node) for node, agent in by_node.items()}, world.swarm.job.memory.copies)
+        domains = {node: world.domain(agent.node) for node, agent in by_node.items()}
+        named = replicas(domains, world.swarm.job.memory.copies)
+        if self._host.policy.standby_nodes:
+            working = {worker.node.id for worker in members}
+            named = standbys.keepers(domains, world.swarm.job.memory.copies, [node for node in by_node if node not in working])
         keepers = {by_node[node]: tuple(by_node[keeper] for keeper in on) for node, on in named.items()}
         run = Run(group, members, keepers, world.swarm)
         began = 0

@@ -6,7 +6,7 @@ Every seed switches faults on and off by itself: where all are always on, one hi
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from ray_dr.model.job import Job, MemoryTier, Recovery, StoreTier, Workers
@@ -57,6 +57,8 @@ AT_MOST = {Fault.HEAD_LOSS: 1.5, Fault.STOP_REQUEST: 0.5, Fault.RACK_LOSS: 2.0, 
 COMPRESSED = 6.0
 MANY = 24
 """With more workers, what befalls each of them when something is done with all becomes less likely: or nothing would succeed."""
+STANDBYS = 0.3
+"""So often a job has standbys."""
 CALM = 30.0
 """And so much less likely again in lives of days, which are to be like those of clusters."""
 
@@ -122,7 +124,7 @@ def draw(dice: random.Random, *, nodes: int | None = None, per_node: int | None 
     duration_s = duration_s or dice.uniform(600.0, 3600.0)
     step_s = dice.choice((0.2, 1.0, 5.0))
     crowd = max(1.0, most * workers.per_node / MANY) * (CALM if long else 1.0)
-    return Swarm(
+    return _with_standbys(Swarm(
         job=job, machines=most + dice.choice((0, 0, 1, 2, most // 8)), racks=max(1, most // dice.choice((1, 2, 4, 16))),
         duration_s=duration_s, rates=_rates(dice, most, duration_s), step_s=step_s, seal_s=step_s * dice.uniform(0.05, 1.5),
         copy_s=step_s * dice.uniform(0.05, 3.0), write_s=dice.uniform(0.5, 40.0), delay_s=dice.choice((0.001, 0.02, 0.3)),
@@ -134,7 +136,19 @@ def draw(dice: random.Random, *, nodes: int | None = None, per_node: int | None 
         poison=dice.randint(1, max(1, int(duration_s / step_s))) if dice.random() < 0.05 and not long else 0,
         total_steps=int(duration_s / step_s * (10.0 if long else dice.choice((0.5, 1.0, 2.0, 10.0, 10.0, 10.0)))),
         core_only=dice.random() < 0.4,
-    )  # fmt: skip
+    ))  # fmt: skip
+
+
+def _with_standbys(swarm: Swarm) -> Swarm:
+    """Some worlds' jobs have nodes or processes that stand by. That is drawn from what else was: the other worlds' dice fall
+    as if there were none."""
+    chance = random.Random(repr((swarm.job.workers, swarm.duration_s, swarm.seal_s)))
+    if chance.random() >= STANDBYS:
+        return swarm
+    nodes, processes = chance.choice(((1, 0), (2, 0), (0, 1), (1, 1)))
+    workers = replace(swarm.job.workers, standby_nodes=nodes, standby_processes=processes)
+    machines = swarm.machines + chance.choice((0, nodes))
+    return replace(swarm, job=replace(swarm.job, workers=workers), machines=machines)
 
 
 def _rates(dice: random.Random, nodes: int, duration_s: float) -> dict[Fault, float]:

@@ -25,7 +25,7 @@ from ray_dr.model.journal import (
     VersionSaved,
     Where,
 )
-from ray_dr.model.recovery import Failed, Finished, Incident, Recovering, State, Suspended
+from ray_dr.model.recovery import Failed, Finished, Incident, Recovering, Resizing, Running, Starting, State, Suspended
 from ray_dr.telemetry.lineage import bases, loss_curve, steps, verify_data
 from ray_dr.telemetry.tiers import Row, fold
 
@@ -76,6 +76,8 @@ class JobStatus:
     at_risk: int = 0
     cadence: str = ""
     unmet: str = ""
+    standbys: tuple[str, ...] = ()
+    """Workers that are up beside the newest group, while there is one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +139,15 @@ def status(records: Iterable[Record]) -> JobStatus:
         at_risk=max(0, step - armed.step) if armed else step,
         cadence=_told(kept, "cadence.changed"),
         unmet=_told(kept, "rpo.unreachable", "rpo.reachable"),
+        standbys=_standbys(state) if state else (),
     )
+
+
+def _standbys(state: State) -> tuple[str, ...]:
+    if not isinstance(state.phase, Starting | Running | Resizing | Recovering):
+        return ()
+    members = frozenset(state.order)
+    return tuple(worker for node in state.nodes for worker in node.ready if worker not in members)
 
 
 def _told(records: Sequence[Record], *names: str) -> str:

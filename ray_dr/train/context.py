@@ -52,6 +52,7 @@ class Control:
         self._rhythm: Rhythm | None = None
         self.next_cadence: Cadence | None = None
         self.terms: dict[str, int] | None = None
+        self.keepers: tuple[str, ...] | None = None
         self.step = 0
         self.aborted = False
         self.everywhere = False
@@ -302,7 +303,8 @@ class Context:
         part = self._part(state, flat, plan)
         self._window = self._window[-RECORDS_KEPT:]  # the part carries the rest; these few cover a part that gets lost
         to = {str(place): self._name_and_term(place) for place in sorted(places) if place in self._terms}
-        parcel = Parcel(self._link, index, part, self._a.copy_to, to, lambda: not self._control.aborted, forced=wait_s > 0)
+        copy_to = self._a.copy_to if self._control.keepers is None else self._control.keepers
+        parcel = Parcel(self._link, index, part, copy_to, to, lambda: not self._control.aborted, forced=wait_s > 0)
         self._fence.stage(plan, flat, slot, parcel, begun=begun, behind=not wait_s)
 
     def _save_unmoved(self, state: State) -> None:

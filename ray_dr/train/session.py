@@ -10,7 +10,7 @@ import re
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from ray_dr.train import collectives
 from ray_dr.train.context import Context, Control, StopAttempt
 from ray_dr.train.fence import Fence
 from ray_dr.train.link import Link
+from ray_dr.train.warmth import rehearse
 
 ERROR_CHARS = 4000
 FOREIGN_ERROR_CHARS = 400
@@ -34,7 +35,9 @@ FOREIGN_ERROR_CHARS = 400
 class Session:
     """What lives as long as the process: the line to the agent, the rendezvous store, the thread that trains."""
 
-    def __init__(self, worker: str, agent: str, token: bytes, host: str, train: Callable[[Context], None]) -> None:
+    def __init__(self, worker: str, agent: str, token: bytes, host: str, train: Callable[[Context], None],
+                 store_url: str = "") -> None:  # fmt: skip
+        """store_url: of the job, to make ready for it; empty: nothing is made ready."""
         self._worker, self._token, self._train = worker, token, train
         self._link, self._fence = Link(agent, token, worker, os.getpid()), Fence()
         self._store = collectives.host_store(host)
@@ -49,8 +52,17 @@ class Session:
         # The first use of either, a setting like this one or an optimizer's step, imports torch's compiler: a second, and
         # many on a machine that has not read it from disk yet. Better before the worker is ready than within a recovery.
         torch.use_deterministic_algorithms(False)
+        if store_url:
+            self._warm_up(store_url)
         gc.collect()
         gc.freeze()  # what is imported stays: a collection between attempts then takes milliseconds
+
+    def _warm_up(self, store_url: str) -> None:
+        number = self._worker.rpartition(".")[2]
+        try:
+            rehearse(self._store, store_url, number=int(number) if number.isdigit() else 0)
+        except (RuntimeError, RayDrError) as error:  # it can take part all the same, if less quickly
+            self._link.record(Noted(time.time(), "worker.cold", {"worker": self._worker, "error": str(error)[:ERROR_CHARS]}))
 
     def start(self, assignment: Assignment) -> bool:
         """Begin an attempt in a thread of its own. False when this or a newer attempt has already begun, or was aborted."""
@@ -89,6 +101,14 @@ class Session:
             if attempt != self._control.attempt:
                 return False
             self._control.terms = dict(terms)
+            return True
+
+    def set_keepers(self, attempt: int, addresses: Sequence[str]) -> bool:
+        """Copies of this rank's parts go to these agents from the next save on."""
+        with self._lock:
+            if attempt != self._control.attempt:
+                return False
+            self._control.keepers = tuple(addresses)
             return True
 
     def set_cadence(self, attempt: int, cadence: Cadence) -> bool:

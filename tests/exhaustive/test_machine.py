@@ -10,10 +10,10 @@ import pytest
 
 from ray_dr.model.actions import Action
 from ray_dr.model.codec import from_json, to_json
-from ray_dr.model.events import Event, FirstStep, Tick, WorkerRaised
+from ray_dr.model.events import Event, FirstStep, NodeJoined, Tick, WorkerRaised, WorkerReady
 from ray_dr.model.recovery import Failed, Finished, Policy, Running, State
 from ray_dr.recovery.diagram import until_running
-from ray_dr.recovery.explore import Explored, explore, fair_event, opened
+from ray_dr.recovery.explore import Explored, alphabet, explore, fair_event, opened
 from ray_dr.recovery.invariants import check
 from ray_dr.recovery.machine import step
 from ray_dr.recovery.timers import next_due
@@ -23,6 +23,24 @@ TWO = replace(ONE, nodes_max=2, attempts_without_progress=1)
 FIXED = replace(TWO, nodes_min=2, min_nodes_to_run=2)
 THREE = replace(ONE, nodes_max=3, attempts_without_progress=2)
 PAIRS = replace(TWO, workers_per_node=2)
+STANDBY_NODE = replace(TWO, nodes_min=2, standby_nodes=1)
+STANDBY_PROCESS = replace(TWO, standby_processes=1)
+STANDBY_BOTH = replace(TWO, standby_nodes=1, standby_processes=1)
+
+
+
+def with_standbys(policy: Policy) -> tuple[State, float]:
+    """A job that runs, once all that is to stand by is up."""
+    state, at = until_running(policy)
+    while event := next((event for event in alphabet(state, policy, at) if is_wanted(state, event)), None):
+        state = step(state, event, policy).state
+    assert isinstance(state.phase, Running), "nothing stopped for it"
+    return state, at
+
+
+def is_wanted(state: State, event: Event) -> bool:
+    return isinstance(event, WorkerReady) or (isinstance(event, NodeJoined) and state.requested > len(state.nodes))
+
 
 LIVES = {
     "one node, queued": (ONE, opened(ONE), 6),
@@ -33,6 +51,10 @@ LIVES = {
     "two nodes and no fewer, running": (FIXED, until_running(FIXED), 4),
     "three nodes, running": (THREE, until_running(THREE), 3),
     "two workers on each of two nodes, running": (PAIRS, until_running(PAIRS), 3),
+    "two nodes and one that stands by, queued": (STANDBY_NODE, opened(STANDBY_NODE), 7),
+    "two nodes and one that stands by, running": (STANDBY_NODE, with_standbys(STANDBY_NODE), 4),
+    "two nodes and a process that stands by on each, running": (STANDBY_PROCESS, with_standbys(STANDBY_PROCESS), 4),
+    "standby nodes and processes, running": (STANDBY_BOTH, with_standbys(STANDBY_BOTH), 3),
 }
 FAIR_EVENTS = 40
 

@@ -25,6 +25,8 @@ policies = st.builds(
     start_s=st.just(4.0),
     settle_s=st.just(1.0),
     attempts_without_progress=st.integers(0, 5),
+    standby_nodes=st.integers(0, 1),
+    standby_processes=st.integers(0, 1),
 )
 
 

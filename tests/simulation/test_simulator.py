@@ -81,7 +81,7 @@ def test_a_seed_is_the_same_life_in_every_process() -> None:
 
 @pytest.mark.parametrize(("nodes", "workers", "days"), [(128, 8, 1.0), (700, 1, 0.5)])
 def test_large_clusters_live_for_days(nodes: int, workers: int, days: float) -> None:
-    life, world = live(1, nodes=nodes, per_node=workers, duration_s=days * DAY_S)
+    life, world = live(2, nodes=nodes, per_node=workers, duration_s=days * DAY_S)
     assert not life.broken, life.last
     assert life.virtual_s > days * DAY_S
     assert life.breaks >= 3

@@ -100,7 +100,8 @@ BAD = [
     ),
     (
         "job: x\nworkers: {gpus: 8}",
-        "2: workers.gpus: unknown key (known: nodes, min_nodes_to_run, per_node, gpus_per_node, cpus_per_worker)",
+        "2: workers.gpus: unknown key (known: nodes, min_nodes_to_run, per_node, gpus_per_node, cpus_per_worker, "
+        "standby_nodes, standby_processes)",
     ),
     (
         "job: x\nworkers: {gpus_per_node: 8, per_node: 3}",
