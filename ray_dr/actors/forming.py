@@ -72,6 +72,7 @@ class Forming:
         self.began: VersionId | None = None
         self.peers = 0
         self._on_disk: tuple[str, ...] = ()
+        self._last_held: list[Held] = []
         self.unreadable: frozenset[VersionId] = frozenset()
 
     def refs(self, members: Iterable[str]) -> list[WorkerRef]:
@@ -95,8 +96,8 @@ class Forming:
         origin = self._origin(group.restore) if group.restore else None
         if group_of(self._host.state) != group:
             return  # it broke meanwhile: agents must not let go of what the next one may begin from
-        keep = codec.to_json(group.restore) if group.restore else None
-        answers = cluster.gather([a.handle.begin.remote(keep) for a in tuple(self._agents.values())], CALL_S)
+        keep, behind = (codec.to_json(version) if version else None for version in (group.restore, self._behind(origin)))
+        answers = cluster.gather([a.handle.begin.remote(keep, behind) for a in tuple(self._agents.values())], CALL_S)
         self.cadence = replace(self.cadence, from_step=0)
         refs = self.refs(group.members)
         if len(refs) != len(group.members):
@@ -107,6 +108,17 @@ class Forming:
         if refused := [answer for answer in answers if answer is not True]:
             raise ClusterError(f"a member did not begin: {refused[0]!r}")
         self._host.journal.append(Marked(time.time(), group.attempt, "group_formed", time.monotonic() - began))
+
+    def _behind(self, origin: Origin | None) -> VersionId | None:
+        """The version to keep beside the one that a group begins from, for as long as that lacks copies; None: it has them, or
+        there is none. One that survivors have just staged is nowhere else."""
+        if origin is None or origin.parts or origin.second:
+            return None
+        wanted = self.expected_peers() + 1
+        if all(len(origin.holders.get(str(rank), ())) >= wanted for rank in range(origin.world)):
+            return None
+        others = [item for item in self._last_held if item.version < origin.version and not item.disk]
+        return choose_version(others, None)
 
     def expected_peers(self) -> int:
         """Copies on other nodes that a group formed with the living agents keeps of each part."""
@@ -126,7 +138,8 @@ class Forming:
         first, second = (stored.get(where, ()) for where in (Where.STORE, Where.SECOND))
         deadline = time.monotonic() + SEAL_S
         while True:
-            held = [item for item in self._held() if item.version == version]
+            self._last_held = self._held()
+            held = [item for item in self._last_held if item.version == version]
             if first or second or choose_version(held, None) == version:
                 break
             if time.monotonic() > deadline:

@@ -68,7 +68,7 @@ from ray_dr.recovery.fleet import idle_workers, request_missing, still_starting,
 from ray_dr.recovery.groups import answered, can_begin, form, restore_of, take_inventory
 from ray_dr.recovery.words import NOTHING_DUE, also, count, ignored
 
-OF_AN_ATTEMPT = ("FormGroup", "StopGroup", "SaveFinal")
+OF_AN_ATTEMPT = ("FormGroup", "StopGroup", "SaveFinal", "Rescue")
 """Actions whose failure names the attempt they were for: it may come when another one is at work."""
 
 
@@ -281,6 +281,8 @@ def _action_failed(state: State, event: ActionFailed, policy: Policy) -> Decisio
             return incidents.group_broken(state, phase.group, event.at, what, policy)
         case ("StopGroup", Resizing() as phase):
             return incidents.group_broken(state, phase.group, event.at, what, policy)
+        case ("Rescue", Recovering() as phase) if phase.rescue_until:
+            return rescue.ended(state, Rescued(event.at, phase.attempt, state.step, event.error), policy)
         case ("SaveFinal", Finishing() as phase):
             return incidents.group_broken(state, phase.group, event.at, what, policy)
         case ("SaveFinal" | "StopGroup", Draining() as phase):
