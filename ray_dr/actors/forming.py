@@ -19,7 +19,7 @@ from ray_dr.model.events import InventoryTaken
 from ray_dr.model.journal import Marked, Where
 from ray_dr.model.recovery import Group
 from ray_dr.recovery.groups import group_of
-from ray_dr.recovery.plan import choose_version, copies
+from ray_dr.recovery.plan import choose_version, copies, stays_behind
 from ray_dr.recovery.replicas import Domain, replicas
 from ray_dr.telemetry.tiers import COPIES_KEPT
 
@@ -114,11 +114,7 @@ class Forming:
         there is none. One that survivors have just staged is nowhere else."""
         if origin is None or origin.parts or origin.second:
             return None
-        wanted = self.expected_peers() + 1
-        if all(len(origin.holders.get(str(rank), ())) >= wanted for rank in range(origin.world)):
-            return None
-        others = [item for item in self._last_held if item.version < origin.version and not item.disk]
-        return choose_version(others, None)
+        return stays_behind(self._last_held, origin.version, self.expected_peers() + 1)
 
     def expected_peers(self) -> int:
         """Copies on other nodes that a group formed with the living agents keeps of each part."""

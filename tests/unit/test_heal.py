@@ -98,18 +98,20 @@ def start(stage: Stage, attempt: int, members: list[int], origin: Origin | None 
         assert stage.ask(worker, "start", assignment)
 
 
-def final(stage: Stage) -> str:
-    while not (found := stage.wait_for("Marked"))["name"].startswith("final"):
-        pass
-    return str(found["name"])
-
-
 def run_through(stage: Stage, attempt: int, members: list[int], origin: Origin | None = None, **settings: Any) -> str:
+    """What all of its ranks end with."""
     start(stage, attempt, members, origin, **settings)
-    said = final(stage)
-    for worker in members:
-        stage.wait_for("WorkerReturned", f"w{worker}")
-    return said
+    said, returned = set(), set()
+    while len(returned) < len(members):
+        message = stage.said.get(timeout=90)
+        found = message.get("event") or message.get("record") or {}
+        assert found.get("type") not in ("WorkerRaised", "WorkerStopped"), found
+        if found.get("type") == "WorkerReturned":
+            returned.add(found["worker"])
+        if found.get("type") == "Marked" and found["name"].startswith("final"):
+            said.add(found["name"])
+    assert len(said) == 1
+    return str(said.pop())
 
 
 def leave(stage: Stage, attempt: int, workers: list[int]) -> dict[int, dict[str, Any]]:
@@ -118,7 +120,7 @@ def leave(stage: Stage, attempt: int, workers: list[int]) -> dict[int, dict[str,
         stage.ask(worker, "abort", attempt)
     said: dict[int, dict[str, Any]] = {}
     while len(said) < len(workers):
-        event = stage.said.get(timeout=60).get("event", {})
+        event = stage.said.get(timeout=90).get("event", {})
         if event.get("type") in ("WorkerStopped", "WorkerRaised"):
             said[int(event["worker"][1:])] = event
     return said
@@ -154,7 +156,7 @@ def witnessed(stage: Stage, rank: int, steps: int) -> list[dict[str, Any]]:
     """What is told of a lost rank's steps."""
     told: list[dict[str, Any]] = []
     while len(told) < steps:
-        record = stage.said.get(timeout=60).get("witness", {})
+        record = stage.said.get(timeout=90).get("witness", {})
         told += [record] if record.get("rank") == rank else []
     return told
 
