@@ -14,10 +14,12 @@ from ray_dr.recovery.machine import step
 from ray_dr.recovery.rescue import assign
 
 POLICY = Policy(4, 4, 1, 1, unwind_s=2.0, start_s=4.0, settle_s=1.0, attempts_without_progress=3, rescue_s=1.5)
-ORDER = ("a", "b", "c", "d")
 
 
-def broken(found: VersionId | None = VersionId(1, 10), **standing: int) -> tuple[State, float, tuple[str, ...]]:
+FOUND = VersionId(1, 10)
+
+
+def broken(found: VersionId | None = FOUND, **standing: int) -> tuple[State, float, tuple[str, ...]]:
     """Rank 0 of a running group of four is lost at step 40; the others left, standing as told by rank (`r1=40`)."""
     state, at = until_running(POLICY)
     members = state.order
@@ -29,7 +31,7 @@ def broken(found: VersionId | None = VersionId(1, 10), **standing: int) -> tuple
 
 
 def test_a_lost_ranks_part_is_written_by_a_survivor_of_the_foremost_step_and_the_own_by_each() -> None:
-    state, at, members = broken(r1=40, r2=40, r3=40)
+    state, at, _ = broken(r1=40, r2=40, r3=40)
     assert isinstance(state.phase, Recovering)
     assert state.phase.rescue_until == at + POLICY.rescue_s
     done = step(state, Rescued(at, 1, 40), POLICY)
