@@ -335,7 +335,8 @@ class Vault:
             return holding.part is not None and holding.version in self._hopeless
         # A copy that is not complete: give up on it when enough newer ones of the same rank have come and are whole.
         newer = sum(
-            other.rank == holding.rank and other.slot is None and other.part is not None and other.version > holding.version
+            other.rank == holding.rank and other.slot is None and not other.lent  # a rescue may come to nothing
+            and other.part is not None and other.version > holding.version
             for other in self._holdings.values()
         )
         return newer >= KEPT_COPIES - 1

@@ -78,7 +78,8 @@ def fit(ctx: Context) -> None:
     tensors = whole_tensors(ctx, {"model": model, "optimizer": optimizer})
     digest = hashlib.sha256(b"".join(tensors[name] for name in sorted(tensors))).hexdigest()
     last = [group["weight_decay"] for group in optimizer.param_groups], scheduler.get_last_lr(), scheduler.last_epoch
-    ctx.mark(f"final {digest} {last} {objects['tally'].seen if objects else ''}")
+    if ctx.world.rank == 0:  # running statistics are those of rank 0
+        ctx.mark(f"final {digest} {last} {objects['tally'].seen if objects else ''}")
 
 
 @pytest.fixture
@@ -99,7 +100,7 @@ def start(stage: Stage, attempt: int, members: list[int], origin: Origin | None 
 
 
 def run_through(stage: Stage, attempt: int, members: list[int], origin: Origin | None = None, **settings: Any) -> str:
-    """What all of its ranks end with."""
+    """What its rank 0 ends with."""
     start(stage, attempt, members, origin, **settings)
     said, returned = set(), set()
     while len(returned) < len(members):
@@ -110,7 +111,6 @@ def run_through(stage: Stage, attempt: int, members: list[int], origin: Origin |
             returned.add(found["worker"])
         if found.get("type") == "Marked" and found["name"].startswith("final"):
             said.add(found["name"])
-    assert len(said) == 1
     return str(said.pop())
 
 
@@ -150,7 +150,8 @@ def test_a_survivor_of_two_stages_both_parts_and_goes_on_to_the_same_bits(stage:
     origin = held(stage, 2, VersionId(2, stands_at))
     told = witnessed(stage, victim, stands_at)
     assert {record["step"] for record in told} == set(range(1, stands_at + 1))
-    assert [record["ranges"] for record in told if record["step"] == 1] == [[[2 * victim, 2 * victim + 2], [2 * victim + 4, 2 * victim + 6]]]
+    first = [record["ranges"] for record in told if record["step"] == 1]
+    assert first == [[[2 * victim, 2 * victim + 2], [2 * victim + 4, 2 * victim + 6]]]
     assert run_through(stage, 3, [survivor], origin) == undisturbed
 
 
