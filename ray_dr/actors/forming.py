@@ -20,7 +20,7 @@ from ray_dr.model.journal import Marked, Where
 from ray_dr.model.recovery import Group
 from ray_dr.recovery import standbys
 from ray_dr.recovery.groups import group_of
-from ray_dr.recovery.plan import choose_version, copies
+from ray_dr.recovery.plan import choose_version, copies, stays_behind
 from ray_dr.recovery.replicas import Domain
 from ray_dr.telemetry.tiers import COPIES_KEPT
 
@@ -77,6 +77,7 @@ class Forming:
         self._on_disk: tuple[str, ...] = ()
         self._kept_in = 0
         self._kept: Mapping[str, tuple[str, ...]] = {}
+        self._last_held: list[Held] = []
         self.unreadable: frozenset[VersionId] = frozenset()
 
     def refs(self, members: Iterable[str]) -> list[WorkerRef]:
@@ -100,8 +101,8 @@ class Forming:
         origin = self._origin(group.restore) if group.restore else None
         if group_of(self._host.state) != group:
             return  # it broke meanwhile: agents must not let go of what the next one may begin from
-        keep = codec.to_json(group.restore) if group.restore else None
-        answers = cluster.gather([a.handle.begin.remote(keep) for a in tuple(self._agents.values())], CALL_S)
+        keep, behind = (codec.to_json(version) if version else None for version in (group.restore, self._behind(origin)))
+        answers = cluster.gather([a.handle.begin.remote(keep, behind) for a in tuple(self._agents.values())], CALL_S)
         self.cadence = replace(self.cadence, from_step=0)
         refs = self.refs(group.members)
         if len(refs) != len(group.members):
@@ -112,6 +113,13 @@ class Forming:
         if refused := [answer for answer in answers if answer is not True]:
             raise ClusterError(f"a member did not begin: {refused[0]!r}")
         self._host.journal.append(Marked(time.time(), group.attempt, "group_formed", time.monotonic() - began))
+
+    def _behind(self, origin: Origin | None) -> VersionId | None:
+        """The version to keep beside the one that a group begins from, for as long as that lacks copies; None: it has them, or
+        there is none. One that survivors have just staged is nowhere else."""
+        if origin is None or origin.parts or origin.second:
+            return None
+        return stays_behind(self._last_held, origin.version, self.expected_peers() + 1)
 
     def expected_peers(self) -> int:
         """Copies on other nodes that a group formed with the living agents keeps of each part."""
@@ -131,7 +139,8 @@ class Forming:
         first, second = (stored.get(where, ()) for where in (Where.STORE, Where.SECOND))
         deadline = time.monotonic() + SEAL_S
         while True:
-            held = [item for item in self._held() if item.version == version]
+            self._last_held = self._held()
+            held = [item for item in self._last_held if item.version == version]
             if first or second or choose_version(held, None) == version:
                 break
             if time.monotonic() > deadline:

@@ -232,6 +232,10 @@ class Agent:
                 self.outbox.put({"record": header["record"]})
             case "heal":
                 self.healer.submit(header["rank"], header["damages"])
+            case "lend":
+                connection.send({"op": "answer", "question": header["question"], **self._lend(worker, header["size"])})
+            case "agree":
+                connection.send({"op": "answer", "question": header["question"]})
             case "event":
                 self.outbox.put({"event": header["event"]}, urgent=True)
             case "want":
@@ -255,16 +259,24 @@ class Agent:
         with contextlib.suppress(StoreError):
             connection.send({"op": "pool", "ask": ask, "path": path, "size": per_slot, "slots": count, "free": list(free)})
 
+    def _lend(self, worker: str, size: int) -> Header:
+        try:
+            return {"path": self.vault.lend(worker, size)}
+        except ConfigError as error:
+            return {"what": error.what, "key": error.key, "remedy": error.remedy}
+
     def _staged(self, worker: str, header: Header) -> None:
-        part = parse(header["part"])
+        part, slot = parse(header["part"]), header["slot"] if header["slot"] >= 0 else None
         try:
             holding = self.vault.stage(
-                worker, header["slot"], version=part.version, rank=part.rank, world=part.world, size=part.size,
-                path=header["path"],
+                worker, slot, version=part.version, rank=part.rank, world=part.world, size=part.size, path=header["path"],
             )  # fmt: skip
         except NotFound as error:
             self._note("save.lost", {"step": part.version.step, "rank": part.rank, "error": str(error)})
             return
+        if slot is None:  # of a rank that is gone, perhaps with its agent
+            for record in part.records:
+                self.outbox.put({"witness": codec.to_json(record)})
         same: Same = codec.from_json(Same, header["same"])
         self.writer.submit(
             Task(holding, part, header["staged_at"], header["stall_s"], tuple(header["copy_to"]), _places(header["to"]),
@@ -328,10 +340,11 @@ class Agent:
             self._disk_trouble(error)
         return (*self.vault.held(), *on_disk)
 
-    def begin(self, keep: VersionId | None) -> None:
-        """A new attempt starts from version `keep`: all else goes, and what is held of it is looked through ahead. What its
-        parts on disk say of the steps before it may never have reached the journal: the supervisor that was told is gone."""
-        self.vault.begin(keep)
+    def begin(self, keep: VersionId | None, behind: VersionId | None = None) -> None:
+        """A new attempt starts from version `keep`: all else goes, and what is held of it is looked through ahead. `behind`: as
+        long as `keep` lacks copies, that older one stays. What its parts on disk say of the steps before it may never have
+        reached the journal: the supervisor that was told is gone."""
+        self.vault.begin(keep, behind)
         self.verified.begin(keep)
         self.throttle.restart()
         try:
@@ -436,9 +449,10 @@ class NodeAgent:
         self._agent.writer.settle(settle_s)
         return codec.to_json(self._agent.held())
 
-    def begin(self, keep: Any) -> None:
-        """A new attempt starts from version `keep` (JSON, or None)."""
-        self._agent.begin(codec.from_json(VersionId, keep) if keep else None)
+    def begin(self, keep: Any, behind: Any = None) -> None:
+        """A new attempt starts from version `keep`, which may lack copies if there is one `behind` it (JSON, or None)."""
+        first, second = (codec.from_json(VersionId, version) if version else None for version in (keep, behind))
+        self._agent.begin(first, second)
 
     def completed(self, version: Any, copied: bool) -> None:
         """Every part of a version has its copies; `copied`: on other nodes."""

@@ -14,6 +14,7 @@ from ray_dr.actors.adopting import Found, find_living
 from ray_dr.actors.forming import AgentRef, Forming, WorkerRef, domain_of
 from ray_dr.actors.peers import Ring
 from ray_dr.actors.preflight import Preflight
+from ray_dr.actors.rescuing import rescue
 from ray_dr.actors.sensing import short
 from ray_dr.actors.watch import Watch
 from ray_dr.errors import CheckpointError, ClusterError, Fenced, StoreError
@@ -26,6 +27,7 @@ from ray_dr.model.actions import (
     KillWorker,
     ReleaseNode,
     RequestNodes,
+    Rescue,
     SaveFinal,
     StartWorkers,
     StopGroup,
@@ -163,6 +165,8 @@ class Performer:
             case SaveFinal(attempt, step):
                 self.final = VersionId(attempt, step)
                 self._later(action, lambda: self._save_final(VersionId(attempt, step)))
+            case Rescue():
+                self._later(action, lambda: rescue(action, self._host, self.forming, self._agents))
             case CloseJob(outcome):
                 if outcome == "fenced":
                     self._closing.set()
@@ -415,7 +419,7 @@ def _subject(action: Action) -> str:
             return worker
         case FormGroup(group):
             return str(group.attempt)
-        case StopGroup(attempt) | SaveFinal(attempt):
+        case StopGroup(attempt) | SaveFinal(attempt) | Rescue(attempt):
             return str(attempt)
         case _:
             return ""

@@ -139,7 +139,8 @@ class Saves:
             self._host.perform.tell_kept_on_disk(self.complete.complete(where)[: self._host.job.disk.keep_last])
         elif where is Where.PEER or not self._host.perform.forming.peers:
             group = group_of(self._host.state)
-            if group is not None and group.attempt == version.attempt:  # else nobody may let go of what was found
+            if group is not None and (group.attempt == version.attempt or group.restore == version):
+                # Else nobody may let go of what was found.
                 self._host.perform.tell_completed(version)
 
     # -- commits

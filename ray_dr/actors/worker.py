@@ -38,6 +38,10 @@ class Worker:
         """Leave a broken attempt."""
         return self._session.abort(attempt)
 
+    def rescue(self, attempt: int, step: int, ranks: list[int], copy_to: list[str]) -> str:
+        """Stage parts of the state that is left of a broken attempt; why not, in words."""
+        return self._session.rescue(attempt, step, ranks, copy_to)
+
     def stop_at(self, attempt: int, step: int, everywhere: bool) -> int:
         """Stop after `step` steps; the answer is the steps done."""
         return self._session.stop_at(attempt, step, everywhere)

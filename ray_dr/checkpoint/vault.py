@@ -61,6 +61,8 @@ class Holding:
     part: Part | None = None
     readers: int = 0
     rested_at: float = 0.0
+    lent: bool = False
+    """Staged here, and not in a slot."""
 
     @property
     def key(self) -> tuple[VersionId, int, bool]:
@@ -102,6 +104,8 @@ class Vault:
         self._workspaces: dict[str, _Workspace] = {}
         self._holdings: dict[tuple[VersionId, int, bool], Holding] = {}
         self._complete: VersionId | None = None
+        self._began: VersionId | None = None
+        self._lent: dict[str, dict[str, Pool]] = {}
         self._copied = False
         self._hopeless: set[VersionId] = set()
         self._reading: set[Holding] = set()
@@ -128,20 +132,42 @@ class Vault:
         self._sweep()
         return pool.path, per_slot, self._slots, tuple(range(self._slots))
 
-    def stage(
-        self, worker: str, slot: int, *, version: VersionId, rank: int, world: int, size: int, path: str = ""
-    ) -> Holding:
-        """Take over what a worker just copied into its slot, of the pool at `path`. The caller reads it: `done` must follow.
-        Raises NotFound when the worker has another pool by now, or none because this closes."""
+    def lend(self, worker: str, size: int) -> str:
+        """The path of memory beside the slots, for one part that `worker` stages for a rank that is gone, or for its own while
+        no slot is free. Raises ConfigError when the node has not got that much."""
+        try:
+            if size > (free := available_bytes()):
+                raise StoreError(f"only {free / 2**30:.2f} GiB are free")
+            pool = self.buffer(size)
+        except StoreError as error:
+            raise ConfigError(f"no memory for {size / 2**30:.2f} GiB of a broken attempt's state ({error})", key="checkpoint",
+                              remedy="nodes with more memory, or more of them") from error  # fmt: skip
         with self._lock:
+            self._lent.setdefault(worker, {})[pool.path] = pool
+        return pool.path
+
+    def stage(
+        self, worker: str, slot: int | None, *, version: VersionId, rank: int, world: int, size: int, path: str = ""
+    ) -> Holding:
+        """Take over what a worker just copied into its slot, of the pool at `path`, or, without a slot, into what it was lent
+        there. The caller reads it: `done` must follow. Raises NotFound when the worker has another pool by now, or none
+        because this closes."""
+        with self._lock:
+            if slot is None:
+                pool = self._lent.get(worker, {}).pop(path, None)
+                if pool is None:
+                    raise NotFound(f"worker {worker} was not lent {path}, or has given it back")
+                return self._take_over(Holding(version, rank, world, pool.view[:size], None, pool, readers=1, lent=True))
             workspace = self._workspaces.get(worker)
             if workspace is None or path not in ("", workspace.slots[slot].pool.path):
                 raise NotFound(f"worker {worker} has another pool than {path} by now, or none")
             place = workspace.slots[slot]
-            holding = Holding(version, rank, world, place.view[:size], place, place.pool, readers=1)
-            self._reading.add(holding)
-            self._holdings[holding.key] = holding
-            return holding
+            return self._take_over(Holding(version, rank, world, place.view[:size], place, place.pool, readers=1))
+
+    def _take_over(self, holding: Holding) -> Holding:
+        self._reading.add(holding)
+        self._holdings[holding.key] = holding
+        return holding
 
     def buffer(self, size: int) -> Pool:
         """Memory for a peer's copy, reused when one of the right size is free. Raises StoreError when there is none."""
@@ -236,11 +262,12 @@ class Vault:
                 self._complete, self._copied = version, copied
         self._sweep()
 
-    def begin(self, keep: VersionId | None) -> None:
-        """A new attempt starts from `keep`: no other version is of the job's history any more."""
+    def begin(self, keep: VersionId | None, behind: VersionId | None = None) -> None:
+        """A new attempt starts from `keep`: no other version is of the job's history any more. Where `keep` does not have all
+        its copies yet, the one `behind` it stays until it, or a later one, is complete."""
         with self._lock:
-            self._complete, self._copied = keep, False
-            doomed = [holding for holding in self._holdings.values() if holding.version != keep]
+            self._complete, self._copied, self._began = behind or keep, False, keep
+            doomed = [holding for holding in self._holdings.values() if holding.version not in (keep, behind)]
             for holding in doomed:
                 self._drop(holding)
             returned = self._returned(doomed)
@@ -256,13 +283,15 @@ class Vault:
         """The worker's process is gone. What it staged stays as long as its version counts."""
         with self._lock:
             self._workspaces.pop(worker, None)
+            for pool in self._lent.pop(worker, {}).values():
+                self._recycle(pool)
         self._sweep()
 
     def held(self) -> tuple[Held, ...]:
         """Every sealed part in memory."""
         with self._lock:
             return tuple(
-                Held(self.node, h.version, h.rank, h.world, len(h.view), h.slot is not None)
+                Held(self.node, h.version, h.rank, h.world, len(h.view), h.slot is not None or h.lent)
                 for h in self._holdings.values()
                 if h.part is not None
             )
@@ -300,11 +329,14 @@ class Vault:
         newest = self._complete
         if newest is not None and holding.version <= newest:
             return holding.version != newest
+        if holding.version == self._began:
+            return False
         if holding.slot is not None:
             return holding.part is not None and holding.version in self._hopeless
         # A copy that is not complete: give up on it when enough newer ones of the same rank have come and are whole.
         newer = sum(
-            other.rank == holding.rank and other.slot is None and other.part is not None and other.version > holding.version
+            other.rank == holding.rank and other.slot is None and not other.lent  # a rescue may come to nothing
+            and other.part is not None and other.version > holding.version
             for other in self._holdings.values()
         )
         return newer >= KEPT_COPIES - 1

@@ -24,6 +24,7 @@ from ray_dr.model.actions import (
     KillWorker,
     ReleaseNode,
     RequestNodes,
+    Rescue,
     SaveFinal,
     StartWorkers,
     StopGroup,
@@ -376,6 +377,8 @@ def _did(action: Action) -> str:
             return ""
         case CloseJob():
             return "end all that is left of the job"
+        case Rescue():
+            return f"have survivors stage step {action.step}"
         case _ as never:
             assert_never(never)
 

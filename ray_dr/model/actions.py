@@ -83,9 +83,19 @@ class CloseJob:
     outcome: Literal["finished", "drained", "failed", "fenced"]
 
 
+@dataclass(frozen=True, slots=True)
+class Rescue:
+    """Have survivors of a broken attempt stage the version at `step` that they stand at: `writers` has the worker that
+    writes each rank's part."""
+
+    attempt: int
+    step: int
+    writers: tuple[str, ...]
+
+
 Action = (
     StartWorkers | RequestNodes | ReleaseNode | AbortGroup | KillWorker | TakeInventory | FormGroup | StopGroup
-    | SaveFinal | CloseJob
+    | SaveFinal | CloseJob | Rescue
 )  # fmt: skip
 
 

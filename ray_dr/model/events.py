@@ -82,16 +82,25 @@ class WorkerRaised:
     step: int
     unreadable: bool = False
     """No copy of the version that was to be restored is whole: an older one has to do."""
+    stands_at: int = -1
+    twins: tuple[int, ...] = ()
+    """As in WorkerStopped."""
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerStopped:
-    """A worker left `train` on request: at the common step of a stop, or out of a broken step (`step`: its last)."""
+    """A worker left `train` on request: at the common step of a stop, or out of a broken step (`step`: its last).
+
+    stands_at  the state it still has is that after so many whole steps; -1: there is none, or it may be torn
+    twins      ranks whose parts of that state it has the bytes of; none named: of every rank
+    """
 
     at: float
     worker: str
     attempt: int
     step: int
+    stands_at: int = -1
+    twins: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +186,16 @@ class Adopted:
 
 
 @dataclass(frozen=True, slots=True)
+class Rescued:
+    """The survivors of a broken attempt have staged the version at `step`, or not, for the reason in `failed`."""
+
+    at: float
+    attempt: int
+    step: int
+    failed: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """Time passes."""
 
@@ -185,5 +204,5 @@ class Tick:
 
 Event = (
     Opened | NodeJoined | NodeLost | WorkerReady | WorkerLost | Hung | WorkerRaised | WorkerStopped | WorkerReturned
-    | FirstStep | InventoryTaken | Saved | StopRequested | FencedOff | ActionFailed | Adopted | Tick
+    | FirstStep | InventoryTaken | Saved | StopRequested | FencedOff | ActionFailed | Adopted | Tick | Rescued
 )  # fmt: skip

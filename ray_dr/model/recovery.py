@@ -83,6 +83,8 @@ class Policy:
     attempts_without_progress: int
     standby_nodes: int = 0
     standby_processes: int = 0
+    rescue_s: float = 10.0
+    """Survivors have this long to stage the state they stand at: 10 GB each, into memory nobody has touched before."""
 
     @property
     def nodes_wanted(self) -> int:
@@ -136,6 +138,16 @@ class Resizing:
 
 
 @dataclass(frozen=True, slots=True)
+class Standing:
+    """A survivor of a broken attempt still has the state after `step` steps: its own rank's share, and those of its twins
+    (none named: every rank's)."""
+
+    worker: str
+    step: int
+    twins: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Recovering:
     """The group is broken: survivors leave the step, and the host looks for the newest complete version.
 
@@ -149,6 +161,10 @@ class Recovering:
     since: float
     attempt: int = 0
     """The attempt that broke."""
+    standing: tuple[Standing, ...] = ()
+    """Of those that have left it, the ones that still have a whole state."""
+    rescue_until: float | None = None
+    """They are staging it, and have time until then; 0.0: that is over, well or not."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ from ray_dr.model.events import (
     NodeJoined,
     NodeLost,
     Opened,
+    Rescued,
     Saved,
     StopRequested,
     Tick,
@@ -101,6 +102,8 @@ def fair_event(state: State, policy: Policy, at: float) -> Event | None:
             return Saved(at, group.attempt, state.step)
         case Recovering(unwinding=(worker, *_)) as phase:
             return WorkerStopped(at, worker, phase.attempt, state.step)
+        case Recovering(rescue_until=until) as phase if until:
+            return Rescued(at, phase.attempt, state.step)
         case Resizing(group):
             return _stop_next(group.attempt, group.members, (*state.phase.stopped, *state.done), state, at)
         case Draining(saving=VersionId() as saving):
@@ -161,6 +164,8 @@ def _of_workers(state: State, at: float) -> Iterator[Event]:
         yield WorkerRaised(at, worker, attempt, "collective failed", True, now)
         yield WorkerRaised(at, worker, attempt, "ValueError: bad", False, now)
         yield WorkerStopped(at, worker, attempt, now)
+        yield WorkerRaised(at, worker, attempt, "collective failed", True, now, stands_at=now)
+        yield WorkerStopped(at, worker, attempt, now, now, (members.index(worker),))
         if not broken:
             yield WorkerReturned(at, worker, attempt, now)
 
@@ -173,6 +178,9 @@ def _of_host(state: State, at: float) -> Iterator[Event]:
             yield ActionFailed(at, "FormGroup", "timed out")
         case Resizing():
             yield ActionFailed(at, "StopGroup", "timed out")
+        case Recovering() as phase if phase.rescue_until:
+            yield Rescued(at, attempt, state.step)
+            yield Rescued(at, attempt, state.step, "no memory")
         case Finishing() | Draining():
             yield Saved(at, attempt, state.step)
             yield ActionFailed(at, "SaveFinal", "no space")
@@ -193,6 +201,8 @@ def _timeless(value: Any, now: float) -> Any:
         return replace(aged, retry_at=None if value.retry_at is None else value.retry_at - now, first_cause="")
     times = {f.name for f in fields(value)} & {"since", "deadline"}
     changes: dict[str, Any] = {name: getattr(value, name) - now for name in times}
+    if getattr(value, "rescue_until", None):
+        changes["rescue_until"] = value.rescue_until - now
     if getattr(value, "incident", None) is not None:
         changes["incident"] = replace(value.incident, at=0.0)
     return replace(value, **changes) if changes else value

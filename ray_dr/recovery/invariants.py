@@ -5,7 +5,7 @@ The numbers are those of the architecture's list of invariants.
 
 from __future__ import annotations
 
-from ray_dr.model.actions import AbortGroup, CloseJob, Decision, FormGroup, StopGroup
+from ray_dr.model.actions import AbortGroup, CloseJob, Decision, FormGroup, Rescue, StopGroup
 from ray_dr.model.events import Event
 from ray_dr.model.recovery import Failed, Finished, Policy, Recovering, Resizing, Running, Starting, State
 from ray_dr.recovery.fleet import ranked, ready_workers
@@ -70,6 +70,12 @@ def _check_groups(before: State, decision: Decision, policy: Policy) -> None:
     for action in decision.actions:
         if isinstance(action, AbortGroup | StopGroup):
             assert action.attempt <= before.attempt or action.attempt == decision.state.attempt, "a group that exists"
+        if isinstance(action, Rescue):
+            phase = decision.state.phase
+            assert isinstance(phase, Recovering), "only of a broken group"
+            assert (phase.attempt, phase.unwinding) == (action.attempt, ()), "I8: everybody has left it"
+            assert set(action.writers) <= set(ready_workers(decision.state)), "who writes is up"
+            assert len(action.writers) == len(decision.state.order), "one writer for each part"
 
 
 def _still_inside(state: State) -> set[str]:

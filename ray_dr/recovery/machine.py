@@ -9,7 +9,8 @@ it does not matter which of the awaited things came last.
     Starting    the group joins, restores, does a first step; too slow or broken: an incident
     Running     steps are done; idle workers that have settled make it Resizing; all returned: Finishing
     Resizing    the group stops at a common step, the next group goes on from exactly there
-    Recovering  survivors leave the broken step while the host takes an inventory; both done: the next group
+    Recovering  survivors leave the broken step while the host takes an inventory; both done: the next group, from the
+                state they still have (`rescue`) where that is newer and whole
     Suspended   the same, without enough nodes to go on
     Draining    asked to stop: common step, save everywhere, end; or the newest version there is, if the group is broken
     Finishing   the last version is being committed
@@ -38,6 +39,7 @@ from ray_dr.model.events import (
     NodeJoined,
     NodeLost,
     Opened,
+    Rescued,
     Saved,
     StopRequested,
     Tick,
@@ -61,12 +63,12 @@ from ray_dr.model.recovery import (
     State,
     Suspended,
 )
-from ray_dr.recovery import capacity, draining, incidents, leaving
+from ray_dr.recovery import capacity, draining, incidents, leaving, rescue
 from ray_dr.recovery.fleet import gained, ranked, request_missing, start_missing, still_starting, usable_nodes
 from ray_dr.recovery.groups import answered, begins_at, can_begin, form, restore_of, take_inventory
 from ray_dr.recovery.words import NOTHING_DUE, also, count, ignored
 
-OF_AN_ATTEMPT = ("FormGroup", "StopGroup", "SaveFinal")
+OF_AN_ATTEMPT = ("FormGroup", "StopGroup", "SaveFinal", "Rescue")
 """Actions whose failure names the attempt they were for: it may come when another one is at work."""
 
 
@@ -81,6 +83,7 @@ def step(state: State, event: Event, policy: Policy) -> Decision:
         return ignored(state, "the job is over")
     decision = _learn(state, event, policy)
     if decision.state is not state or isinstance(event, Tick):
+        decision = rescue.noted(decision, event)
         decision = _go_on(decision, event.at, policy)
     return decision
 
@@ -121,6 +124,8 @@ def _learn(state: State, event: Event, policy: Policy) -> Decision:
             return _adopted(state, event, policy)
         case Tick():
             return _tick(state, event, policy)
+        case Rescued():
+            return rescue.ended(state, event, policy)
         case _:
             assert_never(event)
 
@@ -132,6 +137,10 @@ def _go_on(decision: Decision, at: float, policy: Policy) -> Decision:
         case Queued(asked=False) | Suspended(asked=False) if can_begin(state, at, policy):
             return also(decision, take_inventory(state, at, policy))
         case Recovering(unwinding=()) as phase if phase.found is not None:
+            if (first := rescue.instead(state, phase, at, policy)) is not None:
+                return also(decision, first) if first.actions else decision
+            if lost := rescue.lost_without(state, phase):
+                decision = also(decision, Decision(state, (), lost))
             if usable_nodes(state) >= policy.min_nodes_to_run:
                 return also(decision, form(state, restore_of(phase.found), at, policy))
             return also(decision, _suspend(state, phase, at, policy))
@@ -285,6 +294,8 @@ def _action_failed(state: State, event: ActionFailed, policy: Policy) -> Decisio
             return incidents.group_broken(state, phase.group, event.at, what, policy)
         case ("StopGroup", Resizing() as phase):
             return incidents.group_broken(state, phase.group, event.at, what, policy)
+        case ("Rescue", Recovering() as phase) if phase.rescue_until:
+            return rescue.ended(state, Rescued(event.at, phase.attempt, state.step, event.error), policy)
         case ("SaveFinal", Finishing() as phase):
             return incidents.group_broken(state, phase.group, event.at, what, policy)
         case ("SaveFinal" | "StopGroup", Draining() as phase):
@@ -308,6 +319,8 @@ def _tick(state: State, event: Tick, policy: Policy) -> Decision:
             return incidents.group_broken(state, phase.group, at, what, policy)
         case Recovering() as phase if phase.unwinding and at - phase.since >= policy.unwind_s:
             return _replace_stuck(state, phase, policy)
+        case Recovering() as phase if phase.rescue_until and at >= phase.rescue_until:
+            return rescue.out_of_time(state, phase, policy)
         case Draining() as phase if at >= phase.deadline:
             return draining.out_of_time(state, phase)
         case _:

@@ -29,6 +29,21 @@ def copies(held: Sequence[Held], version: VersionId, *, disk: bool = False) -> M
     return {rank: _distinct(node for _, node in sorted(found)) for rank, found in sorted(holders.items())}
 
 
+def stays_behind(held: Sequence[Held], version: VersionId, wanted: int) -> VersionId | None:
+    """The older version in memory that must not go yet, because `version` has not got `wanted` copies of each part; None where
+    it has, or there is no older one: that with the most copies, and of these the newest."""
+    in_memory = [part for part in held if not part.disk]
+    if _fewest(in_memory, version) >= wanted:
+        return None
+    older = {other for other in _complete(in_memory) if _age(other) < _age(version)}
+    return max(older, key=lambda other: (min(_fewest(in_memory, other), wanted), _age(other)), default=None)
+
+
+def _fewest(held: Sequence[Held], version: VersionId) -> int:
+    """On how many nodes the part of a version is that is on the fewest; ranks of which there is nothing are not known here."""
+    return min(map(len, copies(held, version).values()), default=0)
+
+
 def _complete(held: Sequence[Held]) -> Iterator[VersionId]:
     """Versions with every rank from 0 to world - 1 held by somebody."""
     ranks: dict[tuple[VersionId, int], set[int]] = {}

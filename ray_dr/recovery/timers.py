@@ -44,6 +44,8 @@ def _deadline(state: State, policy: Policy) -> float | None:
             return since + policy.start_s
         case Recovering(since=since) as phase if phase.unwinding:
             return since + policy.unwind_s
+        case Recovering(rescue_until=until) if until:
+            return until
         case Draining(deadline=deadline):
             return deadline
         case _:

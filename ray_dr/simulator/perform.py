@@ -14,17 +14,18 @@ from ray_dr.model.actions import (
     KillWorker,
     ReleaseNode,
     RequestNodes,
+    Rescue,
     SaveFinal,
     StartWorkers,
     StopGroup,
     TakeInventory,
 )
 from ray_dr.model.checkpoint import Held, VersionId
-from ray_dr.model.events import ActionFailed, InventoryTaken, NodeJoined, Saved, WorkerLost, WorkerReady
+from ray_dr.model.events import ActionFailed, InventoryTaken, NodeJoined, Rescued, Saved, WorkerLost, WorkerReady
 from ray_dr.model.recovery import Group
 from ray_dr.recovery import standbys
 from ray_dr.recovery.groups import group_of
-from ray_dr.recovery.plan import choose_version
+from ray_dr.recovery.plan import choose_version, stays_behind
 from ray_dr.recovery.replicas import replicas
 from ray_dr.simulator.breach import must
 from ray_dr.simulator.things import Agent, Node, Worker
@@ -87,6 +88,8 @@ class Performer:
             case SaveFinal(attempt, step):
                 self._host.final = VersionId(attempt, step)
                 self._save_final(VersionId(attempt, step), world.clock.now)
+            case Rescue():
+                world.clock.after(world.delay() + world.swarm.seal_s * world.dice.random(), self._rescue, action)
             case CloseJob(outcome):
                 self._close(outcome)
             case _:
@@ -251,13 +254,48 @@ class Performer:
                 world.clock.after(0.5, self._form, group, until)
             return
         keep = self._world.version(group.restore) if group.restore else None
+        behind = self._behind(keep) if keep is not None else None
         for agent in self._reached():
-            agent.begin(now, keep)
+            agent.begin(now, keep, behind)
+        if keep is not None and behind is not None:
+            world.clock.after(world.swarm.seal_s + world.swarm.copy_s, self._let_go, keep, behind)
         members = [self.workers[name] for name in group.members if name in self.workers]
         if len(members) != len(group.members) or any(worker.node.id not in self.agents for worker in members):
             self._failed(FormGroup, "a member of the group is gone", group.attempt)
             return
         self._send_out(group, members)
+
+    def _behind(self, keep: Version) -> Version | None:
+        """What stays beside a version that has not got its copies yet."""
+        reached, now = self._reached(), self._world.clock.now
+        held = [part for version in self._world.versions() for part in version.held(reached, now)]
+        wanted = min(self._world.swarm.job.memory.copies, len(self.agents))
+        return None if keep.id in self._host.stored else self._world.version(stays_behind(held, keep.id, wanted))
+
+    def _let_go(self, keep: Version, behind: Version) -> None:
+        """Once it has them."""
+        if self._later() and keep.armed(self._world.clock.now):
+            for agent in self._reached():
+                agent.kept = tuple(version for version in agent.kept if version != behind.id)
+
+    def _rescue(self, action: Rescue) -> None:
+        """As `actors.rescuing`: whoever was asked stages its parts, if all of them can."""
+        if not self._later():
+            return
+        world, now = self._world, self._world.clock.now
+        world.advance()
+        writers = [self.workers.get(name) for name in action.writers]
+        there = [w for w in writers if w is not None and w.alive and w.node.answers and w.node.id in self.agents]
+        run = there[0].run if there else None
+        if len(there) < len(writers) or run is None or run.attempt != action.attempt or world.call_lost():
+            self._host.post(Rescued(now, action.attempt, action.step, "a survivor is gone"))
+            return
+        must(all(w.run is run and not w.inside for w in there), "I8: who writes what is left has left the attempt")
+        by_node = {agent.node.id: agent for agent in self.agents.values()}
+        named = replicas({node: world.domain(agent.node) for node, agent in by_node.items()}, world.swarm.job.memory.copies)
+        keepers = {by_node[node]: tuple(by_node[keeper] for keeper in on) for node, on in named.items()}
+        run.rescued(action.step, now, [self.agents[w.node.id] for w in there], keepers)
+        self._host.post(Rescued(now, action.attempt, action.step))
 
     def _send_out(self, group: Group, members: Sequence[Worker]) -> None:
         world = self._world

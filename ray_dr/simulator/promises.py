@@ -70,11 +70,14 @@ def _keeps_word(world: World, host: Supervisor, restore: VersionId | None, agent
     known, armed = host.perform.promised
     must(known is None or (restore is not None and restore >= known), f"I6: {restore} is older than the committed {known}")
     if armed is not None and (restore is None or restore < armed.id):
-        gone = [agent for agent in armed.run.keepers if agent not in agents or not agent.alive or not agent.holds(armed)]
-        copies = min(world.swarm.job.memory.copies, len(armed.run.keepers))
+        gone = [agent for agent in armed.keepers if agent not in agents or not agent.alive or not agent.holds(armed)]
+        copies = min(world.swarm.job.memory.copies, len(armed.keepers))
         must(len(gone) >= copies,
              f"I6: {armed.id} had {copies} copies, {len(gone)} nodes are gone, and {restore} is restored")  # fmt: skip
-    world.armed = None
+    found = world.version(restore)
+    rescued = found is not None and found.staged_by and not found.armed(world.clock.now) and restore not in host.stored
+    if not (rescued and armed is not None and armed.armed(world.clock.now)):
+        world.armed = None  # else it stays until what was rescued has its copies
 
 
 def expect_well(world: World, after: str) -> None:

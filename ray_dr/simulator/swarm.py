@@ -79,6 +79,8 @@ class Swarm:
     applied_yet_failed probability that a commit is made, and reported as failed
     poison             a step at which the program always raises, 0: none
     core_only          when the faults stop, no more than `min_nodes_to_run` nodes are left
+    twins              every rank has all of the state: what one survivor has is enough
+    torn               probability that what a worker leaves a broken step with is whole for nobody
     """
 
     job: Job
@@ -104,6 +106,8 @@ class Swarm:
     poison: int
     total_steps: int
     core_only: bool
+    twins: bool = False
+    torn: float = 0.0
 
 
 def draw(dice: random.Random, *, nodes: int | None = None, per_node: int | None = None,
@@ -135,7 +139,7 @@ def draw(dice: random.Random, *, nodes: int | None = None, per_node: int | None 
         applied_yet_failed=dice.choice((0.0, 0.0, 0.1)), restart_s=dice.choice((0.5, 3.0, 20.0)),
         poison=dice.randint(1, max(1, int(duration_s / step_s))) if dice.random() < 0.05 and not long else 0,
         total_steps=int(duration_s / step_s * (10.0 if long else dice.choice((0.5, 1.0, 2.0, 10.0, 10.0, 10.0)))),
-        core_only=dice.random() < 0.4,
+        core_only=dice.random() < 0.4, twins=int(1e3 * duration_s) % 2 == 0, torn=(0.0, 0.1, 1.0)[int(1e6 * duration_s) % 3],
     ))  # fmt: skip
 
 

@@ -51,7 +51,8 @@ class Node:
 
 @dataclass(slots=True, eq=False)
 class Agent:
-    """`gone_at`: since when it can neither give nor take copies. It holds what was saved after `begun_at`, and `kept`."""
+    """`gone_at`: since when it can neither give nor take copies. It holds what was saved after `begun_at`, and of what was
+    before, `kept`."""
 
     node: Node
     alive: bool = True
@@ -60,15 +61,15 @@ class Agent:
     outbox: list[tuple[float, Message]] = field(default_factory=list)
     sent_at: float = 0.0
     begun_at: float = -math.inf
-    kept: VersionId | None = None
+    kept: tuple[VersionId, ...] = ()
 
     def holds(self, version: Version) -> bool:
         """Whether what it had of a version was not dropped for an attempt that began from another one."""
-        return version.done_at > self.begun_at or version.id == self.kept
+        return version.done_at > self.begun_at or version.id in self.kept
 
-    def begin(self, at: float, keep: Version | None) -> None:
-        """All but one version goes."""
-        self.kept = keep.id if keep is not None and self.holds(keep) else None
+    def begin(self, at: float, *keep: Version | None) -> None:
+        """All but these versions go."""
+        self.kept = tuple(version.id for version in keep if version is not None and self.holds(version))
         self.begun_at = at
 
 

@@ -44,6 +44,19 @@ class Version:
     done_at: float
     run: Run
     uploaded_at: float = math.inf
+    staged_by: tuple[Agent, ...] = ()
+    copied_to: Mapping[Agent, tuple[Agent, ...]] | None = None
+    """Of a rescued one: beside which agents its parts were staged, by rank, and who keeps copies of each one's now."""
+
+    @property
+    def owners(self) -> Sequence[Agent]:
+        """By rank."""
+        return self.staged_by or self.run.owners
+
+    @property
+    def keepers(self) -> Mapping[Agent, tuple[Agent, ...]]:
+        """Of each owner's parts."""
+        return self.run.keepers if self.copied_to is None else self.copied_to
 
     def own(self, now: float) -> bool:
         """Whether each rank's part is sealed, where its agent lives."""
@@ -56,35 +69,35 @@ class Version:
 
     def held(self, agents: Collection[Agent], now: float) -> Iterator[Held]:
         """What these agents say they have of it."""
-        run, world, own = self.run, len(self.run.owners), self.own(now)
-        for rank, owner in enumerate(run.owners):
+        world, own = len(self.owners), self.own(now)
+        for rank, owner in enumerate(self.owners):
             if own and owner in agents and owner.alive and owner.holds(self):
                 yield Held(owner.node.id, self.id, rank, world, 1, own=True)
             if self.copied(owner, now):
-                for keeper in run.keepers[owner]:
+                for keeper in self.keepers[owner]:
                     if keeper in agents and keeper.alive and keeper.holds(self) and self.copied(keeper, now):
                         yield Held(keeper.node.id, self.id, rank, world, 1, own=False)
 
     def in_part(self, agent: Agent) -> bool:
         """Whether an agent has, or is about to have, anything of it."""
-        return agent in self.run.keepers and agent.holds(self)
+        return agent in self.keepers and agent.holds(self)
 
     def available(self, agents: Collection[Agent], now: float) -> bool:
         """Whether every part of it can be read from these."""
         own = self.own(now)
-        for owner in dict.fromkeys(self.run.owners):
+        for owner in dict.fromkeys(self.owners):
             if own and owner in agents and owner.holds(self):
                 continue
             if not self.copied(owner, now):
                 return False
-            if not any(k in agents and k.holds(self) and self.copied(k, now) for k in self.run.keepers[owner]):
+            if not any(k in agents and k.holds(self) and self.copied(k, now) for k in self.keepers[owner]):
                 return False
         return True
 
     def armed(self, now: float) -> bool:
         """Whether all parts have all their copies."""
-        keepers = self.run.keepers
-        return all(a.alive and self.copied(a, now) for owner in self.run.nodes.values() for a in (owner, *keepers[owner]))
+        keepers = self.keepers
+        return all(a.alive and self.copied(a, now) for owner in dict.fromkeys(self.owners) for a in (owner, *keepers[owner]))
 
 
 class Run:
@@ -151,6 +164,11 @@ class Run:
             self.saved = max(self.saved, step)
         found.uploaded_at = min(found.uploaded_at, now + self.swarm.write_s)
         return found
+
+    def rescued(self, step: int, now: float, owners: Sequence[Agent], keepers: Mapping[Agent, tuple[Agent, ...]]) -> None:
+        """What survivors staged after it had broken."""
+        self.saves.append(Version(VersionId(self.attempt, step), now, self, math.inf, tuple(owners), keepers))
+        self.saved = max(self.saved, step)
 
     def due(self, now: float) -> Iterator[Version]:
         """Versions whose upload is through, oldest first; each is given once."""

@@ -385,7 +385,20 @@ class World:
     def _collateral(self, worker: Worker) -> WorkerRaised:
         assert worker.run is not None, "it was in it"
         done = worker.run.steps(self.clock.now)
-        return WorkerRaised(self.clock.now, worker.id, worker.attempt, "RuntimeError: connection closed by peer", True, done)
+        return WorkerRaised(self.clock.now, worker.id, worker.attempt, "RuntimeError: connection closed by peer", True, done,
+                            stands_at=self._stands_at(worker), twins=self._twins(worker))  # fmt: skip
+
+    def _stands_at(self, worker: Worker) -> int:
+        """After which step what it still has is whole; -1: after none."""
+        assert worker.run is not None, "it was in it"
+        whole = worker.run.doing is Doing.BROKEN and worker.run.rate == 0.0 and not self._tears()
+        return worker.run.steps(self.clock.now) if whole else -1
+
+    def _tears(self) -> bool:
+        return self.swarm.torn >= 1.0 or (self.swarm.torn > 0.0 and self.dice.random() < self.swarm.torn)
+
+    def _twins(self, worker: Worker) -> tuple[int, ...]:
+        return () if self.swarm.twins else (worker.rank,)
 
     def raises(self, worker: Worker, error: str, step: int) -> None:
         """The program raises in one worker."""
@@ -425,7 +438,8 @@ class World:
 
     def _aborted(self, worker: Worker) -> WorkerStopped:
         assert worker.run is not None, "it was in it"
-        return WorkerStopped(self.clock.now, worker.id, worker.attempt, worker.run.steps(self.clock.now))
+        return WorkerStopped(self.clock.now, worker.id, worker.attempt, worker.run.steps(self.clock.now),
+                             self._stands_at(worker), self._twins(worker))  # fmt: skip
 
     def _leave(self, node: Node, workers: Sequence[Worker], run: Run, word: Callable[[Worker], Event]) -> None:
         """Workers leave `train`, and their agent tells."""
@@ -472,7 +486,7 @@ class World:
             return
         run.advance(now)
         for version in run.due(now):
-            whole = run.doing is not Doing.BROKEN or all(owner.gone_at >= version.uploaded_at for owner in run.owners)
+            whole = run.doing is not Doing.BROKEN or all(owner.gone_at >= version.uploaded_at for owner in version.owners)
             if whole and not self.bucket.down and self.supervisor is not None:
                 self.commit(version.id, True)
         armed = next((v for v in reversed(run.saves) if v.armed(now)), None)

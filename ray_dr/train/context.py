@@ -18,7 +18,7 @@ from ray_dr.errors import ConfigError
 from ray_dr.model.attempt import Assignment, Cadence
 from ray_dr.model.checkpoint import RECORD_WINDOW, Part, StepRecord, VersionId
 from ray_dr.model.data import Order, Slice
-from ray_dr.model.journal import DataOpened, Marked, Where
+from ray_dr.model.journal import DataOpened, Marked, Noted, Where
 from ray_dr.model.signal import WorkerPhase
 from ray_dr.stores.base import Store
 from ray_dr.train import data as elastic
@@ -28,6 +28,7 @@ from ray_dr.train.fence import Fence, Parcel
 from ray_dr.train.link import Link
 from ray_dr.train.restore import restore
 from ray_dr.train.staging import Planner
+from ray_dr.train.standing import Boundary, Stood
 from ray_dr.train.state import Flat, Flattener
 
 RECORDS_KEPT = 4
@@ -117,6 +118,7 @@ class Context:
         self._reducer = Reducer(assignment.rank, assignment.world, deterministic=assignment.deterministic)
         self._planner, self._fence = Planner(assignment.rank, assignment.world), fence or Fence()
         self._flattener = Flattener(assignment.rank, assignment.world)
+        self._boundary = Boundary(assignment.rank, assignment.world, note=self._no_rescue, aborted=lambda: control.aborted)
         self._data: Data | None = None
         self._logs: dict[str, float] = {}
         self._arrived_s: float | None = None
@@ -164,7 +166,9 @@ class Context:
             step = self._a.origin.version.step
             self._link.record(restored)
         self._flattener.flatten(objects)  # what can't be saved is refused now, not hours later
-        self._fence.watch(objects.values())
+        self._fence.watch(objects.values(), self._boundary.before_step)
+        self._boundary.watch(objects)
+        self._boundary.reached(step)
         self._control.finish_step(step)
         if self._a.rank == 0 and self._data is not None:
             self._link.record(self._opened(self._data))
@@ -243,12 +247,15 @@ class Context:
         self, state: State, slices: tuple[Slice, ...], indices: list[list[int]], took_s: float, last: bool
     ) -> None:
         """A step's body is through: count it, say so, save if due, stop if asked."""
-        self._check()
+        if not self._boundary.is_whole():
+            self._check()
         state.step += 1
         if (data := state.data) is not None:
             data.position = state.step * data.global_batch
         stop = self._control.finish_step(state.step)
+        self._boundary.reached(state.step)
         self._say(state.step, slices, indices, took_s)
+        self._check()
         places = self._control.places_due(state.step)
         if stop or last:
             self._save(state, EVERYWHERE if last or self._control.everywhere else frozenset(), wait_s=FORCED_SAVE_S)
@@ -319,6 +326,16 @@ class Context:
     def close(self, error: BaseException | None = None) -> None:
         """`train` is over, or raised `error`: the save under way is handed over or given up, optimizers are let go."""
         self._fence.close(failed=error is not None, cut_off=error is not None and is_collective_error(error))
+
+    def left(self) -> Stood | None:
+        """What is left of the state after `train` was left by an exception: that at the end of the last whole step, if it is
+        that still. Before the group is left."""
+        return self._boundary.left(self._a.attempt, tuple(self._window), padded=self._reducer.pads)
+
+    def _no_rescue(self, why: str) -> None:
+        if self._a.rank == 0:
+            remedy = "a loss costs the steps since the last save"
+            self._link.record(Noted(time.time(), "rescue.impossible", {"reason": why, "remedy": remedy}))
 
     def _name_and_term(self, place: Where) -> tuple[str, int]:
         return (self._a.disk[1] if place is Where.DISK else self._a.job), self._terms[place]

@@ -163,10 +163,13 @@ class Fence:
         self._cut_off = False
         self._held_up_s = 0.0
         self._split: _Split | None = None
+        self._before: Callable[[torch.optim.Optimizer], None] | None = None
 
-    def watch(self, objects: Iterable[Any]) -> None:
-        """Hook into the torch optimizers among these objects, and into no others any more."""
+    def watch(self, objects: Iterable[Any], before: Callable[[torch.optim.Optimizer], None] | None = None) -> None:
+        """Hook into the torch optimizers among these objects, and into no others any more. `before`: called before each of
+        their steps, once nothing is being copied."""
         self._let_go()
+        self._before = before
         self._cut_off = False
         for value in objects:
             if isinstance(value, torch.optim.Optimizer) and id(value) not in self._optimizers:
@@ -244,7 +247,7 @@ class Fence:
         self._hooks.clear()
         self._optimizers.clear()
         self._stepped.clear()
-        self._split = None
+        self._split = self._before = None
         self._held_up_s = 0.0
 
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -255,6 +258,8 @@ class Fence:
             return
         self._held_up_s += self.wait()
         self._stepped.add(id(optimizer))
+        if self._before is not None:
+            self._before(optimizer)
 
     def _carry(self, behind: _Behind) -> None:
         """In the thread: copy, open the fence, hand over."""

@@ -25,6 +25,9 @@ from ray_dr.train.beacon import Beacon
 from ray_dr.train.pools import Pools
 from ray_dr.train.staging import pin
 
+ANSWER_S = 30.0
+"""An agent that is asked for memory may have to get it from the system first: 0.3 s per gigabyte."""
+
 
 class Link:
     """Thread-safe. One per worker process; its closing is how the agent knows at once that the process is gone.
@@ -44,6 +47,9 @@ class Link:
         self._asks = 0
         self._taken: dict[int, str] = {}
         self._refused: ConfigError | None = None
+        self._answers: dict[int, dict[str, Any]] = {}
+        self._questions = 0
+        self._gone = False
         self.beacon = Beacon()
         self._connection.send({"op": "worker", "worker": worker, "pid": pid, "beacon": self.beacon.path})
         threading.Thread(target=self._listen, name="link", daemon=True).start()
@@ -108,12 +114,36 @@ class Link:
         therefore will not save, and that can't become whole; None while it still waits."""
         self._connection.send({"op": "want", "skipped": codec.to_json(skipped)})
 
+    def borrow(self, size: int) -> tuple[str, memoryview]:
+        """Memory of the agent beside the slots, to be handed over once: its path there, and a mapping of it. Raises ConfigError
+        when the node has none, StoreError when the agent is gone."""
+        answer = self._ask({"op": "lend", "size": size})
+        if "what" in answer:
+            raise ConfigError(answer["what"], key=answer["key"], remedy=answer["remedy"])
+        return answer["path"], attach(answer["path"], max(size, 1))[:size]
+
+    def agree(self) -> None:
+        """Until the agent has taken in all that was said so far. Raises StoreError when it is gone."""
+        self._ask({"op": "agree"})
+
+    def _ask(self, question: dict[str, Any]) -> dict[str, Any]:
+        with self._changed:
+            self._questions += 1
+            number = self._questions
+        self._connection.send({**question, "question": number})
+        with self._changed:
+            if not self._changed.wait_for(lambda: number in self._answers or self._gone, ANSWER_S) or self._gone:
+                raise StoreError("the node's agent does not answer", retryable=True)
+            return self._answers.pop(number)
+
     def staged(self, slot: int, part: Part, *, staged_at: float, stall_s: float, copy_to: Sequence[str],
-               to: Mapping[str, tuple[str, int]], forced: bool = False, same: Same = None) -> None:  # fmt: skip
+               to: Mapping[str, tuple[str, int]], forced: bool = False, same: Same = None,
+               borrowed: str = "") -> None:  # fmt: skip
         """Hand a filled slot over to the agent: for copies at the agents `copy_to`, and for durable places, with the job's
-        name and term there. `forced`: the job waits for it; `same`: what it has in common with the one handed over before."""
+        name and term there. `forced`: the job waits for it; `same`: what it has in common with the one handed over before;
+        `borrowed`: the path of what was borrowed for it instead of a slot."""
         self._connection.send({
-            "op": "staged", "slot": slot, "path": self._taken.get(slot, ""), "part": describe(part),
+            "op": "staged", "slot": slot, "path": borrowed or self._taken.get(slot, ""), "part": describe(part),
             "staged_at": staged_at, "stall_s": stall_s, "copy_to": list(copy_to), "to": dict(to), "forced": forced,
             "same": codec.to_json(same),
         })  # fmt: skip
@@ -146,7 +176,9 @@ class Link:
                 header, _ = self._connection.receive()
                 self._take(header)
         except StoreError:
-            return  # the agent is gone: the supervisor learns it from its own connection
+            with self._changed:  # the agent is gone: the supervisor learns it from its own connection
+                self._gone = True
+                self._changed.notify_all()
 
     def _take(self, header: dict[str, Any]) -> None:
         with self._changed:
@@ -161,6 +193,8 @@ class Link:
                 self._answered = True
             elif header["op"] == "no pool":
                 self._refused = ConfigError(header["what"], key=header["key"], remedy=header["remedy"])
+            elif header["op"] == "answer":
+                self._answers[header["question"]] = header
             elif header["op"] == "free" and header["path"] == self._path:
                 self._free.add(header["slot"])
             self._changed.notify_all()

@@ -11,6 +11,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ from ray_dr.train import collectives
 from ray_dr.train.context import Context, Control, StopAttempt
 from ray_dr.train.fence import Fence
 from ray_dr.train.link import Link
+from ray_dr.train.rescue import hand_over
+from ray_dr.train.standing import Stood
 from ray_dr.train.warmth import rehearse
 
 ERROR_CHARS = 4000
@@ -47,6 +50,7 @@ class Session:
         self._control = Control(0)
         self._refused = 0
         self._breaker: collectives.Breaker | None = None
+        self._stood: Stood | None = None
         self._assignment: Assignment | None = None
         self._thread: threading.Thread | None = None
         # The first use of either, a setting like this one or an optimizer's step, imports torch's compiler: a second, and
@@ -71,7 +75,7 @@ class Session:
                 return False
             self._control = Control(assignment.attempt, assignment.cadence)
             self._breaker = collectives.Breaker()
-            self._assignment = assignment
+            self._assignment, self._stood = assignment, None
             args = (assignment, self._control)
             self._thread = threading.Thread(target=self._run, args=args, name="train", daemon=True)
             self._thread.start()
@@ -89,6 +93,14 @@ class Session:
         self._link.pools.drop()
         breaker.abort(rendezvous)
         return True
+
+    def rescue(self, attempt: int, step: int, ranks: Sequence[int], copy_to: Sequence[str]) -> str:
+        """Stage the parts of `ranks` of the state that this worker still has after its attempt. Why not, in words; or empty."""
+        with self._lock:
+            stood, self._stood = self._stood, None
+        if stood is None or (stood.version.attempt, stood.version.step) != (attempt, step):
+            return "the state is not there any more"
+        return hand_over(stood, ranks, copy_to, self._link)
 
     def stop_at(self, attempt: int, step: int, everywhere: bool) -> int:
         """Ask to stop after `step` steps. The steps done so far; from `step` on: too late, choose a later one."""
@@ -145,6 +157,8 @@ class Session:
         self._link.beacon.enter(WorkerPhase.DONE)
         with contextlib.suppress(RuntimeError):  # a broken group may complain: the outcome is told all the same
             collectives.leave()
+        if (stood := self._stood) is not None and not isinstance(outcome, WorkerReturned):
+            outcome = replace(outcome, stands_at=stood.version.step, twins=stood.twins)
         self._link.pools.drop()  # a program that restored nothing
         gc.collect()
         self._link.event(outcome)
@@ -162,6 +176,8 @@ class Session:
             self._train(ctx)
         except BaseException as error:
             ctx.close(error)
+            if control.aborted or not isinstance(error, StopAttempt):  # else it is saved
+                self._stood = ctx.left()
             raise
         ctx.close()
 

@@ -18,7 +18,7 @@ from ray_dr.model import events
 from ray_dr.model.actions import Action
 from ray_dr.model.checkpoint import VersionId
 from ray_dr.model.events import Event
-from ray_dr.model.recovery import Group, Policy, State
+from ray_dr.model.recovery import Group, Policy, Standing, State
 from ray_dr.recovery.invariants import check
 from ray_dr.recovery.machine import initial, step
 
@@ -76,6 +76,8 @@ def _value(hint: Any, text: str) -> Any:
         return hint(text)
     if hint == tuple[str, ...]:
         return tuple(text.split(","))
+    if hint == tuple[int, ...]:
+        return tuple(map(int, text.split(",")))
     if hint is Group:
         attempt, members, restore = text.split(":", 2)
         return Group(int(attempt), tuple(members.split(",")), _version(restore))
@@ -114,10 +116,12 @@ def _plain(value: Any) -> str:
     match value:
         case VersionId(attempt, at_step):
             return f"{attempt}@{at_step}"
+        case Standing(worker, at_step, twins):
+            return f"{worker}@{at_step}{f' of {twins}' if twins else ''}"
         case Group(attempt, members, restore):
             return f"attempt {attempt} of {', '.join(members)} from {_plain(restore) if restore else 'scratch'}"
         case tuple():
-            return ",".join(value)
+            return ",".join(map(_plain, value))
         case bool():
             return "yes" if value else "no"
         case _:
