@@ -44,6 +44,7 @@ def add(state: State, node: Node) -> State:
 def drop(state: State, node: str) -> State:
     """The state without that node and its workers."""
     at = _place(state.nodes, node)
+    state = replace(state, departures=tuple(d for d in state.departures if d.node != node)) if state.departures else state
     return state if at is None else replace(state, nodes=state.nodes[:at] + state.nodes[at + 1 :])
 
 
@@ -70,17 +71,33 @@ def end_worker(node: Node, worker: str) -> Node:
     return replace(node, ready=ready, lost=(*node.lost, worker)[-LOST_KEPT:])
 
 
+def leaving(state: State) -> frozenset[str]:
+    """Nodes of the job that will be taken away."""
+    return frozenset([departure.node for departure in state.departures])
+
+
+def staying(state: State) -> int:
+    """Nodes of the job that nobody will take away: those that count as what the job has."""
+    return len(state.nodes) - len(state.departures)
+
+
 def ready_workers(state: State) -> tuple[str, ...]:
     """All workers that are up, in the order their nodes joined."""
     return tuple(itertools.chain.from_iterable([node.ready for node in state.nodes]))
 
 
+def staying_workers(state: State) -> tuple[str, ...]:
+    """Those of them that a next group is formed of."""
+    gone = leaving(state)
+    return tuple(itertools.chain.from_iterable([node.ready for node in state.nodes if node.id not in gone]))
+
+
 def ranked(state: State) -> tuple[str, ...]:
-    """All workers that are up, in the rank order of a next group that is as large as the last one, or larger: survivors keep
-    their ranks, so that each finds in its own memory what it staged there; newcomers take the places of the dead, on their
-    own node first, and further ranks at the end. A smaller group holds other shards anyway: survivors as they stood, then
-    newcomers. A node's ranks need not be neighbours."""
-    ready, before = dict.fromkeys(ready_workers(state)), dict.fromkeys(state.order)
+    """All workers that are up and stay, in the rank order of a next group that is as large as the last one, or larger:
+    survivors keep their ranks, so that each finds in its own memory what it staged there; newcomers take the places of the
+    dead, on their own node first, and further ranks at the end. A smaller group holds other shards anyway: survivors as they
+    stood, then newcomers. A node's ranks need not be neighbours."""
+    ready, before = dict.fromkeys(staying_workers(state)), dict.fromkeys(state.order)
     new = dict.fromkeys(worker for worker in ready if worker not in before)
     if len(ready) < len(before):
         return (*(worker for worker in before if worker in ready), *new)
@@ -97,17 +114,18 @@ def ranked(state: State) -> tuple[str, ...]:
 
 
 def usable_nodes(state: State) -> int:
-    """Nodes with at least one worker up."""
-    return len([node for node in state.nodes if node.ready])
+    """Nodes that stay, with at least one worker up."""
+    gone = leaving(state)
+    return len([node for node in state.nodes if node.ready and node.id not in gone])
 
 
 def are_full(state: State, count: int, policy: Policy) -> bool:
-    """Whether at least so many nodes have all their workers up."""
-    spare = len(state.nodes) - count
+    """Whether at least so many nodes that stay have all their workers up."""
+    spare, gone = staying(state) - count, leaving(state)
     if spare < 0:
         return False
     for node in state.nodes:
-        if len(node.ready) < policy.workers_per_node:
+        if len(node.ready) < policy.workers_per_node and node.id not in gone:
             spare -= 1
             if spare < 0:
                 return False
@@ -120,9 +138,10 @@ def given_up(node: Node, policy: Policy) -> bool:
 
 
 def start_missing(state: State, policy: Policy, only: Node | None = None) -> tuple[State, tuple[Action, ...]]:
-    """Workers that every node lacks are started; those of `only` one, where no other can lack any."""
-    wanted = policy.workers_per_node
-    lacking = [node for node in (state.nodes if only is None else (only,)) if len(node.ready) + node.starting < wanted]
+    """Workers that every node that stays lacks are started; those of `only` one, where no other can lack any."""
+    wanted, gone = policy.workers_per_node, leaving(state)
+    lacking = [node for node in (state.nodes if only is None else (only,))
+               if len(node.ready) + node.starting < wanted and node.id not in gone]  # fmt: skip
     changed = {
         node.id: replace(node, starting=wanted - len(node.ready)) for node in lacking if not given_up(node, policy)
     }
@@ -135,7 +154,7 @@ def start_missing(state: State, policy: Policy, only: Node | None = None) -> tup
 
 def request_missing(state: State, policy: Policy) -> tuple[State, tuple[Action, ...]]:
     """Nodes up to `nodes_max` are asked for, once until they are all here."""
-    if len(state.nodes) >= policy.nodes_max:
+    if staying(state) >= policy.nodes_max:
         return replace(state, requested=0), ()
     if state.requested == policy.nodes_max:
         return state, ()
@@ -143,9 +162,9 @@ def request_missing(state: State, policy: Policy) -> tuple[State, tuple[Action, 
 
 
 def idle_workers(state: State, group: Group) -> tuple[str, ...]:
-    """Workers that are up and not in the group."""
+    """Workers that are up, on nodes that stay, and not in the group."""
     members = frozenset(group.members)
-    return tuple(worker for worker in ready_workers(state) if worker not in members)
+    return tuple(worker for worker in staying_workers(state) if worker not in members)
 
 
 def still_starting(nodes: Iterable[Node]) -> bool:

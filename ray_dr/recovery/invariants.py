@@ -8,7 +8,7 @@ from __future__ import annotations
 from ray_dr.model.actions import AbortGroup, CloseJob, Decision, FormGroup, StopGroup
 from ray_dr.model.events import Event
 from ray_dr.model.recovery import Failed, Finished, Policy, Recovering, Resizing, Starting, State
-from ray_dr.recovery.fleet import ready_workers
+from ray_dr.recovery.fleet import leaving, ready_workers, staying
 
 
 def check(before: State, event: Event, decision: Decision, policy: Policy, *, walk: bool = True) -> None:
@@ -20,7 +20,9 @@ def check(before: State, event: Event, decision: Decision, policy: Policy, *, wa
     assert decision.reason, "every decision has a reason"
     assert after.attempt >= before.attempt, "I8: attempts only grow"
     assert after.incidents >= before.incidents, "incidents are numbered upwards"
-    assert len(after.nodes) <= policy.nodes_max, "I13: never more nodes than allowed"
+    assert staying(after) <= policy.nodes_max, "I13: never more nodes than allowed"
+    if after.departures is not before.departures:
+        assert leaving(after) <= {node.id for node in after.nodes}, "who leaves is a node of the job"
     if walk and after.nodes is not before.nodes:
         ready = ready_workers(after)
         assert len(set(ready)) == len(ready), "a worker is on one node"
@@ -55,6 +57,7 @@ def _check_groups(before: State, decision: Decision, policy: Policy) -> None:
         assert len(set(group.members)) == len(group.members), "I8: each once"
         members = frozenset(group.members)
         nodes = [node for node in decision.state.nodes if not members.isdisjoint(node.ready)]
+        assert leaving(decision.state).isdisjoint([node.id for node in nodes]), "no group with a node that will be taken away"
         assert policy.min_nodes_to_run <= len(nodes) <= policy.nodes_max, "I13: between the limits"
         for place, worker in enumerate(before.order):
             moved = len(group.members) < len(before.order) or worker not in group.members

@@ -36,6 +36,7 @@ from ray_dr.model.events import (
     Hung,
     InventoryTaken,
     NodeJoined,
+    NodeLeaving,
     NodeLost,
     Opened,
     Saved,
@@ -61,8 +62,8 @@ from ray_dr.model.recovery import (
     State,
     Suspended,
 )
-from ray_dr.recovery import capacity, draining, incidents, leaving
-from ray_dr.recovery.fleet import idle_workers, request_missing, still_starting, usable_nodes
+from ray_dr.recovery import capacity, draining, incidents, leaving, preemption
+from ray_dr.recovery.fleet import idle_workers, request_missing, staying, still_starting, usable_nodes
 from ray_dr.recovery.groups import answered, can_begin, form, restore_of, take_inventory
 from ray_dr.recovery.words import NOTHING_DUE, also, count, ignored
 
@@ -80,6 +81,8 @@ def step(state: State, event: Event, policy: Policy) -> Decision:
     if isinstance(state.phase, Finished | Failed):
         return ignored(state, "the job is over")
     decision = _learn(state, event, policy)
+    if isinstance(state.phase, Draining) and state.phase.suspends:
+        decision = preemption.waits_instead(decision, type(event), event.at, policy)
     if decision.state is not state or isinstance(event, Tick):
         decision = _go_on(decision, event.at, policy)
     return decision
@@ -106,7 +109,7 @@ def _learn(state: State, event: Event, policy: Policy) -> Decision:
         case WorkerReturned():
             return leaving.returned(state, event, policy)
         case FirstStep():
-            return _first_step(state, event)
+            return preemption.considered(_first_step(state, event), event.at, policy)
         case InventoryTaken():
             return _inventory_taken(state, event, policy)
         case Saved():
@@ -118,7 +121,9 @@ def _learn(state: State, event: Event, policy: Policy) -> Decision:
         case ActionFailed():
             return _action_failed(state, event, policy)
         case Adopted():
-            return _adopted(state, event, policy)
+            return preemption.considered(_adopted(state, event, policy), event.at, policy)
+        case NodeLeaving():
+            return preemption.node_leaving(state, event, policy)
         case Tick():
             return _tick(state, event, policy)
         case _:
@@ -134,9 +139,12 @@ def _go_on(decision: Decision, at: float, policy: Policy) -> Decision:
         case Recovering(unwinding=()) as phase if phase.found is not None:
             if usable_nodes(state) >= policy.min_nodes_to_run:
                 return also(decision, form(state, restore_of(phase.found), at))
-            return also(decision, _suspend(state, phase, at, policy))
-        case Running() as phase if not state.done and _can_grow(state, phase, at, policy):
-            return also(decision, _resize(state, phase, at))
+            return also(decision, preemption.keep_found(state, phase, at, policy) or _suspend(state, phase, at, policy))
+        case Running() as phase:
+            state = (decision := preemption.released(decision, policy)).state
+            if not state.done and _can_grow(state, phase, at, policy):
+                return also(decision, _resize(state, phase, at))
+            return decision
         case _:
             return decision
 
@@ -150,12 +158,12 @@ def _suspend(state: State, phase: Recovering, at: float, policy: Policy) -> Deci
 def _can_grow(state: State, phase: Running, at: float, policy: Policy) -> bool:
     """Whether idle workers are up and it is not worth waiting for more of them."""
     idle = idle_workers(state, phase.group)
-    if not idle:
+    if not idle or (state.departures and usable_nodes(state) < policy.min_nodes_to_run):
         return False
     waited = at - state.changed_at
     if waited >= policy.start_s:
         return True
-    complete = len(state.nodes) >= policy.nodes_max and not still_starting(state.nodes)
+    complete = staying(state) >= policy.nodes_max and not still_starting(state.nodes)
     beside = [node for node in state.nodes if set(node.ready) & set(idle)]
     return complete or (waited >= policy.settle_s and not still_starting(beside))
 
@@ -296,6 +304,8 @@ def _tick(state: State, event: Tick, policy: Policy) -> Decision:
         case Recovering() as phase if phase.unwinding and at - phase.since >= policy.unwind_s:
             return _replace_stuck(state, phase, policy)
         case Draining() as phase if at >= phase.deadline:
+            if phase.suspends and phase.saving is None:
+                return draining.fall_back(state, phase, "the deadline passed", at, policy)
             return draining.out_of_time(state, phase)
         case _:
             return ignored(state, NOTHING_DUE)
@@ -306,7 +316,7 @@ def _must_ask(state: State, at: float, policy: Policy) -> bool:
     if state.retry_at is not None:
         return at >= state.retry_at
     opened, ending = state.changed_at > 0, isinstance(state.phase, Draining | Finishing)
-    return opened and not ending and state.requested == 0 and len(state.nodes) < policy.nodes_max
+    return opened and not ending and state.requested == 0 and staying(state) < policy.nodes_max
 
 
 def _ask_again(state: State, at: float, policy: Policy) -> Decision:
