@@ -27,6 +27,7 @@ from ray_dr.model.journal import (
 )
 from ray_dr.model.recovery import Failed, Finished, Incident, Recovering, State, Suspended
 from ray_dr.telemetry.lineage import bases, loss_curve, steps, verify_data
+from ray_dr.telemetry.preemptions import in_words, still_there
 from ray_dr.telemetry.tiers import Row, fold
 
 __all__ = ["IncidentReport", "JobStatus", "incidents", "loss_curve", "replay", "status", "steps", "verify_data"]
@@ -51,6 +52,7 @@ class JobStatus:
     reason       of the last decision; for a failed job, why it failed
     resubmit     whether running a failed job again can help
     cadence      why saves are as often as they are; empty before anything is measured
+    leaving      nodes of the job that will be taken away, in words
     unmet        why the recovery point objective cannot be met; empty when it can
     """
 
@@ -76,6 +78,7 @@ class JobStatus:
     at_risk: int = 0
     cadence: str = ""
     unmet: str = ""
+    leaving: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +140,7 @@ def status(records: Iterable[Record]) -> JobStatus:
         at_risk=max(0, step - armed.step) if armed else step,
         cadence=_told(kept, "cadence.changed"),
         unmet=_told(kept, "rpo.unreachable", "rpo.reachable"),
+        leaving=tuple(f"node {one.node} is {in_words(one)}" for one in still_there(kept)),
     )
 
 
