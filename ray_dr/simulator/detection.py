@@ -6,17 +6,34 @@ was to start did not come up. It does not see a worker that hangs in a running g
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from ray_dr.simulator.things import Agent, Worker
+from ray_dr.model.departure import Rates
+from ray_dr.model.events import NodeLeaving
+from ray_dr.simulator.swarm import Swarm
+from ray_dr.simulator.things import Agent, Node, Worker
 
 if TYPE_CHECKING:
     from ray_dr.simulator.world import World
 
+RESUME_S = 5.0
+"""Until a group's first step begins, its members' stops, calls and restores together."""
 POWER_CUT = 0.5
 """Of nodes that die, the share that closes no connection."""
 PATIENCE_S = 240.0
 """After so long somebody kills a worker that hangs."""
+ASKED_S = 0.25
+"""Ray is asked that often who is to leave."""
+
+
+def rates(swarm: Swarm) -> Rates:
+    """What a job would have measured in such a world."""
+    copied_s = swarm.seal_s + swarm.copy_s
+    return Rates(
+        step_s=swarm.step_s, staged_s=swarm.seal_s, copied_s=copied_s, delta_s=swarm.write_s, full_s=swarm.write_s,
+        resume_s=RESUME_S + swarm.seal_s + swarm.step_s, copies=swarm.job.memory.copies > 1,
+    )  # fmt: skip
 
 
 class Detection:
@@ -38,6 +55,17 @@ class Detection:
     def worker_hangs(self, worker: Worker) -> None:
         """A worker in a running group does nothing any more."""
         self._world.clock.after(PATIENCE_S, self._world.worker_dies, worker)
+
+    def node_leaves(self, node: Node) -> None:
+        """Somebody has said when a node will be taken away; Ray repeats it to each who asks."""
+        if node.leaves_at is not None:
+            self._world.clock.after(self._world.delay() + ASKED_S, self._leaves, node)
+
+    def _leaves(self, node: Node) -> None:
+        world = self._world
+        if node.alive and node.leaves_at is not None and world.supervisor is not None:
+            known = replace(rates(world.swarm), committed=world.bucket.newest is not None)
+            world.supervisor.post(NodeLeaving(world.clock.now, node.id, node.leaves_at, "notice", known))
 
     def _silent_s(self) -> float:
         return self._world.swarm.job.recovery.silent_s + self._world.delay()

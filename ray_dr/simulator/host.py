@@ -121,6 +121,8 @@ class Supervisor:
             promises.adopts(group, workers)
             self._attempt, self._progress = group.attempt, done
             self.decide(Adopted(now, group, done))
+        for there in self.world.nodes.values():
+            self.world.detection.node_leaves(there)
         self.perform.discover()
         waiting, self._waiting = self._waiting, []
         for agent, message in waiting:
