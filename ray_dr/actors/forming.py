@@ -148,7 +148,9 @@ class Forming:
         seen: dict[str, int] = {}
         agents = dict(self._agents)  # nodes come and go meanwhile
         self._on_disk = self._disk()
-        keepers = replicas({node: agent.domain for node, agent in agents.items()}, self._job.memory.copies)
+        leaving = host.notices.leaving
+        stays = {node: agent.domain for node, agent in agents.items() if node not in leaving or any(r.node == node for r in refs)}
+        keepers = replicas(stays, self._job.memory.copies)
         self.peers = max(map(len, keepers.values()), default=0)
         host.note(COPIES_KEPT, attempt=group.attempt, peers=self.peers, keepers={node: list(on) for node, on in keepers.items()})
         out = []

@@ -23,6 +23,8 @@ from ray_dr.model.signal import (
     Finding,
     Formed,
     Member,
+    Notice,
+    Noticed,
     Now,
     Raised,
     Released,
@@ -63,6 +65,10 @@ class Senses:
         name = self._name(node)
         beacons = codec.from_json(tuple[Beacon, ...], message["beacons"])
         self._take(Report(self._at, name, message["beat"], beacons))
+
+    def noticed(self, node: str, notices: tuple[Notice, ...]) -> None:
+        """A node will be taken away, say its cloud or Ray."""
+        self._take(Noticed(self._now(), self._name(node), notices))
 
     def stepped(self, record: StepRecord) -> None:
         """A rank has done a step."""
@@ -132,6 +138,9 @@ class Senses:
             case FaultKind.NODE_FROZEN if finding.stage == "confirmed" and not finding.shadow:
                 for subject in finding.subjects:
                     self._host.perform.lose_node(self._nodes.get(subject.node, ""), finding.evidence)
+            case FaultKind.PREEMPTION if finding.stage == "confirmed" and not finding.shadow:
+                for subject in finding.subjects:
+                    self._host.notices.confirmed(self._nodes.get(subject.node, ""), finding)
             case FaultKind.HANG:
                 self._hung = finding if finding.stage == "confirmed" and not finding.shadow else None
             case _:
