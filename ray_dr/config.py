@@ -13,6 +13,7 @@
         - {kind: s3, url: s3://elsewhere/prefix, every: 1h}       # a second store
           # share_with: base-job    in a store tier: the job it was tuned from; what it has of it is not put again
     recovery: {unwind: 15s, start: 5m, settle: 1s, silent: 5s, attempts_without_progress: 5}
+      # notices: aws                    # or gcp, azure, file:/path: who on each node knows that it will be taken away
     detection: {shadow: [straggler], off: [], preflight: true}
     deterministic: false
     seed: 0
@@ -33,7 +34,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar, cast
+from typing import Literal, NoReturn, TypeVar, cast
 from urllib.parse import quote, unquote, urlsplit
 
 from ray_dr.errors import AccessDenied, ConfigError, StoreError, StoreFull
@@ -62,8 +63,9 @@ JOB_KEYS = (
 WORKER_KEYS = (
     "nodes", "min_nodes_to_run", "per_node", "gpus_per_node", "cpus_per_worker", "standby_nodes", "standby_processes",
 )  # fmt: skip
-RECOVERY_KEYS = ("unwind", "start", "settle", "silent", "hang", "attempts_without_progress")
+RECOVERY_KEYS = ("unwind", "start", "settle", "silent", "hang", "attempts_without_progress", "notices")
 DETECTION_KEYS = ("shadow", "off", "preflight")
+NOTICES_VARIABLE = "RAY_DR_NOTICES"
 STORE_TIER_KEYS = ("kind", "url", "path", "every", "keep", "share_with")
 KEEP_KEYS = ("last", "hourly", "daily", "weekly", "within")
 TIER_KINDS = ("memory", "file", "disk", "s3", "store")
@@ -74,6 +76,7 @@ KEPT_MAX = 1_000_000
 
 _NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_-]*(\.[a-zA-Z0-9_-]+)*")
 _RANGE = re.compile(r"(\d{1,9})\s*\.\.\s*(\d{1,9})")
+_NOTICE = re.compile(r"(aws|gcp|azure)(@https?://[\w.:\[\]-]+)?|file:/[^,]+")
 _PERCENT = re.compile(r"(\d{1,3}(?:\.\d{1,9})?)\s*%")
 
 
@@ -166,7 +169,7 @@ def _parse(text: str, file: str) -> tuple[Job, Place]:
         memory=tiers.memory,
         disk=tiers.disk,
         second=tiers.second,
-        recovery=_one(keys, "recovery", _recovery, Recovery()),
+        recovery=_one(keys, "recovery", _recovery, Recovery(notices=default_notices())),
         deterministic=_one(keys, "deterministic", Setting.flag, False),
         seed=_one(keys, "seed", lambda setting: setting.whole(0, 2**53), 0),
         overhead=_one(keys, "overhead", _overhead, 0.01),
@@ -252,6 +255,7 @@ def _recovery(setting: Setting) -> Recovery:
         ),
         silent_s=_one(keys, "silent", lambda value: value.duration_s(least=0.1), standard.silent_s),
         hang_s=_one(keys, "hang", lambda value: value.duration_s(least=0.0), standard.hang_s),
+        notices=_one(keys, "notices", _notices_said, default_notices()),
     )
 
 
@@ -267,6 +271,24 @@ def _detection(setting: Setting) -> Detecting:
 
 def _detectors(setting: Setting) -> tuple[str, ...]:
     return tuple(dict.fromkeys(item.choice(DETECTORS) for item in setting.items()))
+
+
+def default_notices() -> tuple[str, ...]:
+    """Who is asked for notices by a job that says nothing about it: those in $RAY_DR_NOTICES, else nobody."""
+    return _notices(os.environ.get(NOTICES_VARIABLE, "off"), Place(f"${NOTICES_VARIABLE}", 0, "").fail)
+
+
+def _notices_said(setting: Setting) -> tuple[str, ...]:
+    said = setting.scalar()
+    return _notices("off" if said is False else str(said), setting.fail)  # a bare `off` is YAML's word for false
+
+
+def _notices(text: str, fail: Callable[[str, str], NoReturn]) -> tuple[str, ...]:
+    given = tuple(part.strip() for part in text.split(",") if part.strip() not in ("", "off"))
+    for part in given:
+        if not _NOTICE.fullmatch(part):
+            fail(f"{short(part)} gives no notices", "write off, aws, gcp, azure, or file:/path, several with commas between")
+    return given
 
 
 def _overhead(setting: Setting) -> float:

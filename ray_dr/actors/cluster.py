@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
@@ -63,6 +64,12 @@ def nodes() -> tuple[RayNode, ...]:
     )  # fmt: skip
 
 
+def draining() -> dict[str, float]:
+    """Nodes that Ray was asked to drain, and until when they are there (UTC seconds; inf: nobody said). Private: Ray's own
+    Train and Serve ask it so, and there is no public way."""
+    return {node: at_ms / 1000 if at_ms else math.inf for node, at_ms in ray._private.state.state.get_draining_nodes().items()}
+
+
 def fits(node: RayNode, workers: Workers) -> bool:
     """Whether a node is large enough for one node's share of the job's workers. With standby processes these share its GPUs,
     all of them: it must have no other."""
@@ -76,13 +83,14 @@ def fits(node: RayNode, workers: Workers) -> bool:
 
 
 def start_agent(
-    job: str, name: str, node: str, store_url: str, token: bytes, disk: Sequence[str], second_url: str
+    job: str, name: str, node: str, store_url: str, token: bytes, disk: Sequence[str], second_url: str,
+    notices: Sequence[str] = (),
 ) -> Any:
     """The agent of a node, started or found."""
     return ray.remote(NodeAgent).options(
         name=f"agent:{job}:{name}", namespace=NAMESPACE, lifetime="detached", get_if_exists=True, num_cpus=0,
         max_concurrency=CALLS_AT_ONCE, scheduling_strategy=_on(node),
-    ).remote(store_url, token, disk, second_url)  # fmt: skip
+    ).remote(store_url, token, disk, second_url, notices)  # fmt: skip
 
 
 def start_worker(job: Job, worker: str, node: str, agent: str, token: bytes, train: bytes, *, reserves: bool = True) -> Any:

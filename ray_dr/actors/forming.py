@@ -190,9 +190,9 @@ class Forming:
 
     def _keepers(self, group: Group, refs: list[WorkerRef], agents: dict[str, AgentRef]) -> Mapping[str, tuple[str, ...]]:
         """By node, those that keep copies of what a group's members save there."""
-        domains = {node: agent.domain for node, agent in agents.items()}
-        working = {ref.node for ref in refs}
-        spare = [node for node in agents if node not in working] if self._job.workers.standby_nodes else []
+        working, leaving = {ref.node for ref in refs}, self._host.notices.leaving
+        domains = {node: agent.domain for node, agent in agents.items() if node not in leaving or node in working}
+        spare = [node for node in domains if node not in working] if self._job.workers.standby_nodes else []
         keepers = standbys.keepers(domains, self._job.memory.copies, spare)
         if (group.attempt, keepers) != (self._kept_in, self._kept):
             self.peers = max(map(len, keepers.values()), default=0)

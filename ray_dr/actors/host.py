@@ -23,6 +23,7 @@ import ray
 from ray_dr.actors.forming import disk_place
 from ray_dr.actors.keeping import Keeping
 from ray_dr.actors.machines import Machines
+from ray_dr.actors.notices import Notices
 from ray_dr.actors.perform import Performer
 from ray_dr.actors.progress import Progress
 from ray_dr.actors.saves import Committed, Saves
@@ -38,6 +39,7 @@ from ray_dr.model.events import (
     Adopted,
     Event,
     FirstStep,
+    NodeJoined,
     NodeLost,
     Opened,
     Tick,
@@ -55,6 +57,7 @@ from ray_dr.model.journal import (
     Stepped,
 )
 from ray_dr.model.recovery import Failed, Finished, Group
+from ray_dr.model.signal import Notice
 from ray_dr.model.upload import Upload
 from ray_dr.recovery.fleet import idle_workers
 from ray_dr.recovery.groups import group_of
@@ -101,6 +104,7 @@ class Host:
         self.disk = disk_place(job.name, job.disk.url, first.log.life()) if job.disk else ()
         self.journal = Journal(self.store, job.name, self.term, clock=time.time)
         self.machines = Machines(self)
+        self.notices = Notices(self)
         self.perform = Performer(self, train, token)
         self._tuning = Tuning(self)
         self._senses = Senses(self)
@@ -181,6 +185,8 @@ class Host:
                 self.saves.committed(item)
             case _:
                 self.decide(item)
+        for node, notice in self.notices.news():
+            self._senses.noticed(node, (notice,))
         if self._mailbox.empty():  # else what it has heard may only not have been looked at
             self._senses.look()
         if time.monotonic() - self._paced_at > PACE_S:
@@ -202,6 +208,9 @@ class Host:
         record = Decided(time.time(), self.term, self._seq, event, decision.state, decision.actions, decision.reason)
         self.journal.append(record)
         self._tuning.heard(record)
+        self.notices.heard(record)
+        if isinstance(event, NodeJoined):
+            self.notices.joined(event.node)
         if decision.actions:
             self.journal.flush(FLUSH_S)
         if group_of(self.state) is not None and group_of(decision.state) is None:
@@ -276,6 +285,8 @@ class Host:
             elif "beat" in message:
                 if self.perform.has(report.node):  # not of one that was given up meanwhile
                     self._senses.beat(report.node, message)
+            elif "notices" in message:
+                self._senses.noticed(report.node, codec.from_json(tuple[Notice, ...], message["notices"]))
             elif "upload" in message:
                 self._live.heard(codec.from_json(Upload, message["upload"]))
             elif "event" in message:
@@ -301,6 +312,7 @@ class Host:
             self.note("version.unreadable", step=group.restore.step, attempt=group.restore.attempt, error=event.error)
 
     def _record(self, record: Record, ref: Any) -> None:
+        self.notices.heard(record)
         match record:
             case Stepped():
                 self._stepped(record)

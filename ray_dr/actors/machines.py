@@ -210,7 +210,7 @@ class Machines:
 
 def node_of(incident: Incident, state: State) -> str:
     """The Ray node an incident began with; empty when it is about no node."""
-    if incident.kind is FailureKind.NODE_LOST:
+    if incident.kind in (FailureKind.NODE_LOST, FailureKind.PREEMPTED):
         return incident.subject
     return next((node.id for node in state.nodes if incident.subject in (*node.lost, *node.ready)), "")
 

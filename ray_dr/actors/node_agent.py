@@ -29,6 +29,7 @@ from blake3 import blake3
 
 from ray_dr.actors import peers
 from ray_dr.actors.beacons import Beacons
+from ray_dr.actors.clouds import Lookout
 from ray_dr.actors.examination import take_in
 from ray_dr.actors.witness import Witness
 from ray_dr.checkpoint.described import describe, parse
@@ -125,13 +126,15 @@ class Agent:
     """The agent without Ray: what the actor below hosts."""
 
     def __init__(
-        self, node: str, host: str, store_url: str, token: bytes, *, disk: Sequence[str] = (), second_url: str = ""
+        self, node: str, host: str, store_url: str, token: bytes, *, disk: Sequence[str] = (), second_url: str = "",
+        notices: Sequence[str] = (),
     ) -> None:
-        """disk: URL of the node's own directory and the job's name there; without such a tier empty."""
+        """disk: URL of the node's own directory and the job's name there; without such a tier empty. `notices`: see `clouds`."""
         self.node = node
         self.throttle, self.uploads, self.beacons = Throttle(), Uploads(), Beacons()
         self.witness = Witness(node, token, disk, lambda: store)
         self.outbox = Outbox(self._live)
+        self.lookout = Lookout(notices, self._note)
         store = self.witness.seen(open_store(store_url), Where.STORE)
         places: dict[Where, Callable[[], Store]] = {Where.STORE: lambda: store}
         if second_url:
@@ -157,6 +160,7 @@ class Agent:
         """End the server and give the memory back."""
         self._closing = True
         self.witness.close()
+        self.lookout.close()
         self.throttle.hurry()
         self._server.close()
         self.shared.close()
@@ -174,8 +178,10 @@ class Agent:
         self.outbox.put(message, urgent=ref is not None)  # a commit waits for it
 
     def _live(self) -> Callable[[], list[Header]]:
-        news, beat = self.uploads.listener(), self.beacons.listener()
-        return lambda: [*map(self.witness.add_to, beat()), *({"upload": codec.to_json(upload)} for upload in news())]
+        news, beat, notices = self.uploads.listener(), self.beacons.listener(), self.lookout.listener()
+        return lambda: [
+            *map(self.witness.add_to, beat()), *notices(), *({"upload": codec.to_json(upload)} for upload in news())
+        ]  # fmt: skip
 
     def _note(self, name: str, fields: dict[str, Any]) -> None:
         self._report(Noted(time.time(), name, {"node": self.node, **fields}), None)
@@ -430,11 +436,15 @@ def outlive_nobody(agent: Agent) -> None:
 class NodeAgent:
     """The Ray actor: `num_cpus=0`, detached, one per node and job."""
 
-    def __init__(self, store_url: str, token: bytes, disk: Sequence[str], second_url: str) -> None:
+    def __init__(
+        self, store_url: str, token: bytes, disk: Sequence[str], second_url: str, notices: Sequence[str] = ()
+    ) -> None:
         context = ray.get_runtime_context()
         self._labels = context.get_node_labels()
         host = ray.util.get_node_ip_address()
-        self._agent = Agent(context.get_node_id(), host, store_url, token, disk=disk, second_url=second_url)
+        self._agent = Agent(
+            context.get_node_id(), host, store_url, token, disk=disk, second_url=second_url, notices=notices
+        )
         threading.Thread(target=outlive_nobody, args=(self._agent,), name="outlive-nobody", daemon=True).start()
 
     def describe(self) -> dict[str, Any]:

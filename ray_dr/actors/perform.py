@@ -221,6 +221,7 @@ class Performer:
     def _discover(self) -> None:
         while not self._closing.wait(DISCOVER_S):
             try:
+                self._host.notices.ask_ray()
                 for node in self._wanted_nodes():
                     self._start_agent(node)
                 self._ask_for_nodes()
@@ -231,8 +232,9 @@ class Performer:
     def _ask_for_nodes(self) -> None:
         """Ask for the minimum first and then for one node more than there are: the autoscaler launches nothing at all for a
         request that is larger than its cluster may become."""
-        alive = sum(cluster.fits(node, self._job.workers) for node in cluster.nodes())
-        count = min(self._target + self._host.machines.left_out, max(self._job.workers.nodes_min, alive + 1))
+        fitting = [node.id for node in cluster.nodes() if cluster.fits(node, self._job.workers)]
+        alive, left_out = len(fitting), self._host.machines.left_out + len(self._host.notices.leaving & set(fitting))
+        count = min(self._target + left_out, max(self._job.workers.nodes_min, alive + 1))
         if self._target and count != self._asked:
             cluster.request_nodes(count, self._job.workers)
             self._asked = count
@@ -243,9 +245,11 @@ class Performer:
         machines are left out; one that was just lost is taken only while no other fits."""
         now = time.monotonic()
         pending = sum(now - since < AGENT_START_S for since in self._coming.values())
-        room = self._host.policy.nodes_wanted - len(self._agents) - pending
+        leaving = self._host.notices.leaving
+        room = self._host.policy.nodes_wanted - len([node for node in tuple(self._agents) if node not in leaving]) - pending
         alive = cluster.nodes()
-        usable = self._host.machines.usable(alive, [node for node in alive if cluster.fits(node, self._job.workers)])
+        fitting = [node for node in alive if cluster.fits(node, self._job.workers) and node.id not in leaving]
+        usable = self._host.machines.usable(alive, fitting)
         free = [node for node in usable if node not in self._agents and node not in self._coming]
         return free[: max(0, room)]
 
@@ -255,7 +259,8 @@ class Performer:
         self._coming[node] = time.monotonic() - (AGENT_START_S if before else 0.0)
         second_url = self._job.second.url if self._job.second else ""
         name = f"{node}:{self._host.term}.{number}"
-        handle = cluster.start_agent(self._job.name, name, node, self._job.store.url, self._token, self._host.disk, second_url)
+        handle = cluster.start_agent(self._job.name, name, node, self._job.store.url, self._token, self._host.disk, second_url,
+                                     self._job.recovery.notices)  # fmt: skip
         cluster.when_done(handle.describe.remote(), lambda future: self._agent_up(node, handle, future), self._pool)
 
     def _agent_up(self, node: str, handle: Any, future: Future[Any]) -> None:

@@ -24,6 +24,8 @@ from ray_dr.model.signal import (
     Finding,
     Formed,
     Member,
+    Notice,
+    Noticed,
     Now,
     Peer,
     Raised,
@@ -70,6 +72,10 @@ class Senses:
         xids = codec.from_json(tuple[Xid, ...], message.get("xids", ()))
         stores = codec.from_json(tuple[StoreSeen, ...], message.get("stores", ()))
         self._take(Report(self._at, name, message["beat"], beacons, peers, stores=stores, xids=xids))
+
+    def noticed(self, node: str, notices: tuple[Notice, ...]) -> None:
+        """A node will be taken away, say its cloud or Ray."""
+        self._take(Noticed(self._now(), self._name(node), notices))
 
     def stepped(self, record: StepRecord) -> None:
         """A rank has done a step."""
@@ -151,6 +157,9 @@ class Senses:
             case FaultKind.STRAGGLER if finding.stage == "confirmed" and not finding.shadow:
                 for subject in finding.subjects:
                     self._host.machines.hold_slow(self._nodes.get(subject.node, ""), finding.evidence)
+            case FaultKind.PREEMPTION if finding.stage == "confirmed" and not finding.shadow:
+                for subject in finding.subjects:
+                    self._host.notices.confirmed(self._nodes.get(subject.node, ""), finding)
             case FaultKind.HANG:
                 self._hung = finding if finding.stage == "confirmed" and not finding.shadow else None
             case _:

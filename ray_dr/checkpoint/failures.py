@@ -224,7 +224,7 @@ def _incident_of(state: State) -> Incident | None:
 
 
 def _took_a_node(incident: Incident | None) -> bool:
-    return incident is not None and incident.kind is FailureKind.NODE_LOST
+    return incident is not None and incident.kind in (FailureKind.NODE_LOST, FailureKind.PREEMPTED)
 
 
 def _one_more(tally: Tally, survived: Where) -> Tally:

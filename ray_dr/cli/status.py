@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import click
 
 from ray_dr.cli.stored import find_job, job_argument
-from ray_dr.cli.words import duration, facts, print_json, size
+from ray_dr.cli.words import duration, facts, print_json, short, size
 from ray_dr.model.checkpoint import Manifest, VersionId
 from ray_dr.model.codec import to_json
 from ray_dr.model.upload import Saving
@@ -58,6 +58,7 @@ def describe(
             *((f"  in {place}", f"step {version.step} of attempt {version.attempt}, {told.saved.get(place, 0)} so far")
               for place, version in told.newest.items()),
             *saves(live, told, now=now),
+            *(("leaving", short(text)) for text in told.leaving if told.phase not in OVER),
             *((name, text) for name, text in (("cadence", told.cadence), ("objective", told.unmet)) if text),
             ("last word", f"{duration(max(0.0, now - told.updated_at))} ago" if told.updated_at else "never"),
             ("reason", told.reason or "no decision yet"),

@@ -10,7 +10,9 @@ from ray_dr.checkpoint.failures import COUNTED
 from ray_dr.cli.stored import find_job, job_argument
 from ray_dr.cli.words import clock, duration, print_json, short, size, table, value
 from ray_dr.model.codec import to_json
+from ray_dr.model.events import NodeLeaving
 from ray_dr.model.journal import Decided, JobOpened, Noted, Record
+from ray_dr.telemetry.preemptions import WORD
 from ray_dr.telemetry.timeline import IncidentReport, incidents
 
 
@@ -49,8 +51,9 @@ def moments(records: Iterable[Record]) -> Iterator[tuple[float, str, str]]:
                 )
             case Decided():
                 now = type(record.state.phase).__name__.lower()
-                if now != phase or record.actions:
-                    yield record.at, now, short(record.reason)
+                announced = isinstance(record.event, NodeLeaving) and WORD in record.reason
+                if now != phase or record.actions or announced:
+                    yield record.at, "preemption" if announced else now, short(record.reason)
                 phase = now
             case _:
                 pass

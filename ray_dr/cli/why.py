@@ -31,10 +31,12 @@ from ray_dr.model.actions import (
     TakeInventory,
 )
 from ray_dr.model.codec import to_json
+from ray_dr.model.journal import Record
 from ray_dr.model.recovery import Failed, FailureKind
 from ray_dr.model.signal import FaultKind, Subject
 from ray_dr.recovery.why import Account, Ended, Going, Story, Waiting, tell
 from ray_dr.recovery.words import count
+from ray_dr.telemetry.preemptions import in_words, preemptions
 
 WIDTH, LABEL = 120, 12
 NAMED, TRIED, OTHERS = 4, 12, 20
@@ -62,7 +64,8 @@ def command(job: str, store: str | None, as_json: bool, number: int | None, last
     if last and number is not None:
         raise ConfigError("it is either --incident N or --last", remedy="leave one out", key="--incident")
     found = find_job(job, store)
-    story = tell(found.records())
+    records = found.records()
+    story = tell(records)
     if story is None:
         raise ConfigError(
             f"the journal of job {found.name!r} in {found.store.url} holds no decision",
@@ -71,12 +74,19 @@ def command(job: str, store: str | None, as_json: bool, number: int | None, last
     shown = _choose(found.name, story.accounts, number, last)
     now = time.time()
     if as_json:
-        print_json(as_dict(found.name, story, shown, now=now))
+        print_json({**as_dict(found.name, story, shown, now=now), "preemptions": to_json(preemptions(records))})
         return
     full = [describe(account, story, now=now) for account in shown[:1]]
     rest = [] if number is not None or last else list(_lines(shown[1:], story, now))
-    head = [] if number is not None else [standing(found.name, story, now=now)]
+    head = [] if number is not None else [standing(found.name, story, now=now), *announced(records)]
     click.echo("\n\n".join([*head, *full, *(["\n".join(rest)] if rest else [])]))
+
+
+def announced(records: Iterable[Record]) -> Iterator[str]:
+    """The preemptions, which are no failures where there was time enough: a line each."""
+    lines = [f"node {short(one.node)}, at {_when(one.at)}: {in_words(one)}" for one in preemptions(records)]
+    if lines:
+        yield "\n".join([f"{count(len(lines), 'preemption')}:", *(f"  {line}" for line in lines[-OTHERS:])])
 
 
 def _choose(name: str, accounts: Sequence[Account], number: int | None, last: bool) -> Sequence[Account]:

@@ -14,8 +14,8 @@ How a host drives it. One `Detection` per job, touched by the host's one thread:
    a `Raised`. Reports of unwatched agents, or of attempts gone by, do no harm.
 3. `Now` every 0.1 s, whatever else comes; a host that does not say the time for half a second is taken to have slept, and
    what it did not hear meanwhile is no evidence.
-4. `Closed` when an agent's connection breaks; `RayWord` when Ray changes its mind about a node; and `Released` *before* the
-   host itself ends a worker or gives a node back.
+4. `Noticed` when Ray or a cloud says that a node will go; `Closed` when an agent's connection breaks; `RayWord` when Ray
+   changes its mind about a node; and `Released` *before* the host itself ends a worker or gives a node back.
 5. The findings go to the journal, every one. Those that are confirmed, and not in the shadow, start an incident:
    `classify(findings of the last minutes, past=...)` names its root cause, and is asked again when a further finding comes
    while the incident is open, as a cause is sometimes seen after its echo. A suspicion is a reason to look (stacks, a

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from ray_dr.model.signal import Closed, FaultKind, Finding, Notice, Released, Report, Sample, Subject
+from ray_dr.model.signal import Closed, FaultKind, Finding, Notice, Noticed, Released, Report, Sample, Subject
 
 EARLIER_S = 1.0
 
@@ -20,27 +20,28 @@ class Preemption:
     """
 
     name: ClassVar[str] = "preemption"
-    hears: ClassVar[tuple[type, ...]] = (Report, Closed, Released)
+    hears: ClassVar[tuple[type, ...]] = (Report, Noticed, Closed, Released)
 
     _deadlines: dict[tuple[str, str], float] = field(default_factory=dict)
 
     def observe(self, sample: Sample) -> Iterator[Finding]:
         """A finding for each notice that is news."""
         match sample:
-            case Report(notices=notices) if notices:
+            case Report(notices=notices) | Noticed(notices=notices) if notices:
                 for notice in notices:
                     yield from self._heard(sample, notice)
             case Closed(node=name) | Released(name=name):
                 self._deadlines = {key: at for key, at in self._deadlines.items() if key[0] != name}
 
-    def _heard(self, report: Report, notice: Notice) -> Iterator[Finding]:
+    def _heard(self, report: Report | Noticed, notice: Notice) -> Iterator[Finding]:
         key, deadline = (report.node, notice.source), report.at + notice.left_s
         if key in self._deadlines and not deadline < self._deadlines[key] - EARLIER_S:
             return
         self._deadlines[key] = deadline
-        when = "at an unknown time" if notice.left_s == math.inf else f"in {notice.left_s:.0f} s"
-        evidence = f"node {report.node} will be taken away {when} ({notice.source})"
+        when = "at an unknown time" if notice.left_s == math.inf else f"in {max(0.0, notice.left_s):.0f} s"
+        will = "will" if notice.certain else "may"
+        evidence = f"node {report.node} {will} be taken away {when} ({notice.source})"
         yield Finding(
             self.name, FaultKind.PREEMPTION, (Subject(report.node),), report.at, report.at, evidence, "warning",
-            numbers={"left_s": notice.left_s},
+            "confirmed" if notice.certain else "suspected", numbers={"left_s": notice.left_s},
         )  # fmt: skip

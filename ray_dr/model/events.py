@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ray_dr.model.checkpoint import VersionId
+from ray_dr.model.departure import Rates
 from ray_dr.model.recovery import Group
 
 
@@ -34,6 +35,18 @@ class NodeLost:
     node: str
     how: str
     step: int
+
+
+@dataclass(frozen=True, slots=True)
+class NodeLeaving:
+    """A node will be taken away at `deadline` (UTC seconds; inf: nobody said when). `how`: who says so; `rates`: how long what
+    can be done until then takes."""
+
+    at: float
+    node: str
+    deadline: float
+    how: str
+    rates: Rates = field(default_factory=Rates)
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,5 +217,5 @@ class Tick:
 
 Event = (
     Opened | NodeJoined | NodeLost | WorkerReady | WorkerLost | Hung | WorkerRaised | WorkerStopped | WorkerReturned
-    | FirstStep | InventoryTaken | Saved | StopRequested | FencedOff | ActionFailed | Adopted | Tick | Rescued
+    | FirstStep | InventoryTaken | Saved | StopRequested | FencedOff | ActionFailed | Adopted | Tick | Rescued | NodeLeaving
 )  # fmt: skip

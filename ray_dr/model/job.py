@@ -103,6 +103,8 @@ class Recovery:
     hang_s: float = 300.0
     """A worker that is sure to hang, with the others waiting for it, is ended after so long. Long, because an evaluation in
     the middle of a step that does not say so (`ctx.evaluating`) looks the same."""
+    notices: tuple[str, ...] = ()
+    """Who on each node is asked whether it will be taken away: aws, gcp, azure, file:/path. Ray's own drain is always heard."""
 
 
 DETECTORS = (

@@ -13,6 +13,7 @@ from enum import StrEnum
 from typing import Literal
 
 from ray_dr.model.checkpoint import VersionId
+from ray_dr.model.departure import Departure
 
 # ---------------------------------------------------------------------------------------------------- parts of a state
 
@@ -28,6 +29,8 @@ class FailureKind(StrEnum):
     START_TIMEOUT = "start_timeout"
     HANG = "hang"
     """A worker lives and does not get on, and the others wait for it."""
+    PREEMPTED = "preempted"
+    """A node was lost that had been announced to leave: never charged to a failure budget."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +187,7 @@ class Draining:
     group     None when there is no group that could stop: then the newest version found is what gets saved
     saving    the version being saved, once it is known
     deadline  UTC seconds; then the job ends, saved or not
+    suspends  nobody asked the job to end: its nodes leave, and then it waits for others
     """
 
     group: Group | None
@@ -191,6 +195,7 @@ class Draining:
     deadline: float
     at_step: int | None = None
     saving: VersionId | None = None
+    suspends: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,6 +241,7 @@ class State:
     order        members of the newest group in rank order: who survives keeps this order
     asks         how often the host was asked for an inventory
     retry_at     when to ask again for what was refused or never answered (an inventory, nodes); None: nothing is open
+    departures   of nodes of the job that will be taken away: no group is formed with them any more
     """
 
     phase: Phase
@@ -254,3 +260,4 @@ class State:
     first_cause: str = ""
     asks: int = 0
     retry_at: float | None = None
+    departures: tuple[Departure, ...] = ()

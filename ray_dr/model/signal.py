@@ -90,6 +90,8 @@ class Notice:
 
     source: str
     left_s: float
+    certain: bool = True
+    """Else it is only likelier than usual: worth knowing, and nothing is done about it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +180,15 @@ class RayWord:
 
 
 @dataclass(frozen=True, slots=True)
+class Noticed:
+    """That a node will be taken away: of its agent, from its cloud; or of Ray. No sign of life of the node."""
+
+    at: float
+    node: str
+    notices: tuple[Notice, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Released:
     """A node or a worker ends because the host wants it to: its silence and its end are no news."""
 
@@ -220,7 +231,7 @@ class Now:
     at: float
 
 
-Sample = Report | StepDone | WholeStep | Raised | Closed | RayWord | Released | Formed | Now
+Sample = Report | StepDone | WholeStep | Raised | Closed | RayWord | Released | Formed | Now | Noticed
 
 
 def node_of(worker: str) -> str:

@@ -12,6 +12,7 @@ from ray_dr.model.recovery import (
     Failed,
     FailureKind,
     Finishing,
+    Group,
     Incident,
     Node,
     Policy,
@@ -23,8 +24,19 @@ from ray_dr.model.recovery import (
     State,
     Suspended,
 )
-from ray_dr.recovery import draining, incidents
-from ray_dr.recovery.fleet import add, drop, end_worker, find, gained, given_up, put, request_missing, start_missing
+from ray_dr.recovery import draining, incidents, preemption
+from ray_dr.recovery.fleet import (
+    add,
+    drop,
+    end_worker,
+    find,
+    gained,
+    given_up,
+    put,
+    request_missing,
+    start_missing,
+    staying,
+)
 from ray_dr.recovery.groups import answered, group_of
 from ray_dr.recovery.words import count, describe, ignored
 
@@ -35,14 +47,14 @@ def node_joined(state: State, event: NodeJoined, policy: Policy) -> Decision:
         return ignored(state, f"node {event.node} is known")
     if _ending(state):
         return Decision(state, (ReleaseNode(event.node),), f"node {event.node} comes too late: the job is ending")
-    if len(state.nodes) >= policy.nodes_wanted:
+    if staying(state) >= policy.nodes_wanted:
         reason = f"node {event.node} is not needed: {count(policy.nodes_wanted, 'node')} are all the job may have"
         return Decision(state, (ReleaseNode(event.node),), reason)
     most = policy.workers_per_node + policy.standby_processes
     living, surplus = event.workers[:most], event.workers[most:]
     node = Node(event.node, ready=living, lost=surplus)
     after = replace(add(_new_question(state), node), changed_at=event.at)
-    after, _ = request_missing(after, policy) if len(after.nodes) >= policy.nodes_wanted else (after, ())
+    after, _ = request_missing(after, policy) if staying(after) >= policy.nodes_wanted else (after, ())
     after, starts = start_missing(after, policy, node)
     kills = tuple(KillWorker(worker) for worker in surplus)
     return Decision(after, (*kills, *starts), f"node {event.node} joined: {count(len(after.nodes), 'node')} now")
@@ -54,7 +66,8 @@ def node_lost(state: State, event: NodeLost, policy: Policy) -> Decision:
     if node is None:
         return ignored(state, f"node {event.node} is not part of the job")
     after = replace(_new_question(drop(state, node.id)), changed_at=event.at)
-    loss = incidents.next_incident(after, FailureKind.NODE_LOST, node.id, event.at, event.step, event.how)
+    kind = preemption.loss_kind(state, node.id)
+    loss = incidents.next_incident(after, kind, node.id, event.at, event.step, event.how)
     return _after_loss(after, loss, (*node.ready, *node.lost), policy)
 
 
@@ -139,6 +152,8 @@ def _after_loss(state: State, loss: Incident, workers: Collection[str], policy: 
     match state.phase:
         case Starting(group) | Running(group) | Resizing(group) if hit:
             return incidents.begin(state, group, loss, policy)
+        case Draining(group=Group() as group, saving=None, suspends=True) if hit:
+            return incidents.begin(state, group, loss, policy)
         case Finishing(group) if not state.nodes:
             return incidents.begin(state, group, loss, policy)
         case Recovering() as phase:
@@ -189,7 +204,7 @@ def _start_ended(state: State, node: Node, reason: str, policy: Policy) -> Decis
 
 
 def _ending(state: State) -> bool:
-    return isinstance(state.phase, Draining | Finishing)
+    return isinstance(state.phase, Finishing) or (isinstance(state.phase, Draining) and not state.phase.suspends)
 
 
 def _in_use(state: State, node: Node) -> bool:
@@ -206,7 +221,7 @@ def _give_back(state: State, node: Node, reason: str, policy: Policy) -> Decisio
     """
     release: tuple[Action, ...] = (ReleaseNode(node.id),)
     state = _new_question(state)
-    if isinstance(state.phase, Running | Starting | Resizing):
+    if isinstance(state.phase, Running | Starting | Resizing | Draining):
         return Decision(replace(state, requested=policy.nodes_wanted), release, f"{reason}: the node is given back")
     state = replace(state, failures=state.failures + 1, first_cause=state.first_cause or reason, requested=0)
     if state.failures > policy.attempts_without_progress:

@@ -22,6 +22,7 @@ from ray_dr.model.recovery import (
     State,
     Suspended,
 )
+from ray_dr.recovery import incidents
 from ray_dr.recovery.fleet import ready_workers
 from ray_dr.recovery.groups import take_inventory
 from ray_dr.recovery.words import also, describe, ignored
@@ -45,6 +46,9 @@ def stop_requested(state: State, event: StopRequested) -> Decision:
             saving = VersionId(group.attempt, state.step)
             after = replace(state, phase=Draining(group, group.members, deadline, state.step, saving))
             return Decision(after, (), f"{asked}: the last version is being saved already")
+        case Draining(suspends=True) as draining:
+            after = replace(state, phase=replace(draining, suspends=False, deadline=min(deadline, draining.deadline)))
+            return Decision(after, (), f"{asked}: it is being saved already, as its nodes leave")
         case Draining() as draining if deadline < draining.deadline:
             after = replace(state, phase=replace(draining, deadline=deadline))
             return Decision(after, (), f"{asked} again, and sooner: within {event.within_s:g} s")
@@ -79,6 +83,8 @@ def lost(state: State, phase: Draining, loss: Incident, hit: bool, policy: Polic
 
 def fall_back(state: State, phase: Draining, what: str, at: float, policy: Policy) -> Decision:
     """The common step cannot be reached or saved: the newest version there is gets saved instead, once."""
+    if phase.suspends and phase.group is not None:
+        return incidents.group_broken(state, phase.group, at, what, policy)
     if phase.group is None:
         if phase.saving is None:
             return ignored(state, f"{what}: the newest version is being looked for")

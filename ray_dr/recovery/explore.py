@@ -19,6 +19,7 @@ from ray_dr.model.events import (
     Hung,
     InventoryTaken,
     NodeJoined,
+    NodeLeaving,
     NodeLost,
     Opened,
     Rescued,
@@ -45,10 +46,12 @@ from ray_dr.model.recovery import (
     State,
     Suspended,
 )
+from ray_dr.recovery.fleet import leaving, staying
 from ray_dr.recovery.groups import group_of
 from ray_dr.recovery.machine import initial, step
 
-NAMES = ("a", "b", "c", "d")
+NAMES = ("a", "b", "c", "d", "e", "f")
+SOON_S, IN_TIME_S = 0.5, 200.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,10 +126,11 @@ def _stop_next(attempt: int, members: tuple[str, ...], left: tuple[str, ...], st
 
 
 def _capacity_comes(state: State, policy: Policy, at: float) -> Event:
+    gone = leaving(state)
     for node in state.nodes:
-        if node.starting:
+        if node.starting and node.id not in gone:
             return WorkerReady(at, fresh_worker(state, node.id), node.id)
-    if len(state.nodes) < policy.nodes_wanted:
+    if staying(state) < policy.nodes_wanted:
         return NodeJoined(at, next(name for name in NAMES if all(node.id != name for node in state.nodes)))
     return Tick(at + policy.start_s)
 
@@ -146,6 +150,8 @@ def _of_nodes(state: State, policy: Policy, at: float) -> Iterator[Event]:
     yield from (NodeJoined(at, name) for name in [n for n in NAMES if n not in known][:1])
     for node in state.nodes:
         yield NodeLost(at, node.id, "connection closed", state.step)
+        if node.id not in leaving(state):
+            yield from (NodeLeaving(at, node.id, at + left_s, "drain") for left_s in (SOON_S, IN_TIME_S))
         if node.starting:
             worker = fresh_worker(state, node.id)
             yield WorkerReady(at, worker, node.id)
@@ -197,7 +203,8 @@ def _of_host(state: State, at: float) -> Iterator[Event]:
 def _timeless(value: Any, now: float) -> Any:
     """A state with its times as ages, so that the same situation at another time is the same."""
     if isinstance(value, State):
-        aged = replace(value, phase=_timeless(value.phase, now), changed_at=min(now - value.changed_at, 5.0))
+        aged = replace(value, phase=_timeless(value.phase, now), changed_at=min(now - value.changed_at, 5.0),
+                       departures=tuple(replace(d, deadline=max(d.deadline - now, -1.0)) for d in value.departures))  # fmt: skip
         return replace(aged, retry_at=None if value.retry_at is None else value.retry_at - now, first_cause="")
     times = {f.name for f in fields(value)} & {"since", "deadline"}
     changes: dict[str, Any] = {name: getattr(value, name) - now for name in times}

@@ -45,6 +45,7 @@ def add(state: State, node: Node) -> State:
 
 def drop(state: State, node: str) -> State:
     """The state without that node and its workers."""
+    state = replace(state, departures=tuple(d for d in state.departures if d.node != node)) if state.departures else state
     at = row_of(state.nodes).places.get(node)
     return state if at is None else replace(state, nodes=state.nodes[:at] + state.nodes[at + 1 :])
 
@@ -55,15 +56,25 @@ def end_worker(node: Node, worker: str) -> Node:
     return replace(node, ready=ready, lost=(*node.lost, worker)[-LOST_KEPT:])
 
 
+def leaving(state: State) -> frozenset[str]:
+    """Nodes of the job that will be taken away."""
+    return frozenset([departure.node for departure in state.departures])
+
+
+def staying(state: State) -> int:
+    """Nodes of the job that nobody will take away: those that count as what the job has."""
+    return len(state.nodes) - len(state.departures)
+
+
 def ready_workers(state: State) -> tuple[str, ...]:
     """All workers that are up, in the order their nodes joined."""
     return row_of(state.nodes).workers
 
 
 def ranked(state: State, policy: Policy) -> tuple[str, ...]:
-    """All workers that are up, but for those that stand by, in the rank order of a next group that is as large as the last
-    one, or larger: survivors keep their ranks, so that each finds in its own memory what it staged there; newcomers take the
-    places of the dead, on their own node first, and further ranks at the end. A smaller group holds other shards anyway:
+    """All workers that are up and stay, but for those that stand by, in the rank order of a next group that is as large as the
+    last one, or larger: survivors keep their ranks, so that each finds in its own memory what it staged there; newcomers take
+    the places of the dead, on their own node first, and further ranks at the end. A smaller group holds other shards anyway:
     survivors as they stood, then newcomers. A node's ranks need not be neighbours."""
     ready, before = dict.fromkeys(chosen(state, policy)), dict.fromkeys(state.order)
     new = dict.fromkeys(worker for worker in ready if worker not in before)
@@ -82,13 +93,17 @@ def ranked(state: State, policy: Policy) -> tuple[str, ...]:
 
 
 def usable_nodes(state: State) -> int:
-    """Nodes with at least one worker up."""
-    return len(state.nodes) - row_of(state.nodes).ready[0]
+    """Nodes that stay, with at least one worker up."""
+    gone = leaving(state)
+    going = sum(bool(node.ready) for node in state.nodes if node.id in gone) if gone else 0
+    return len(state.nodes) - row_of(state.nodes).ready[0] - going
 
 
 def are_full(state: State, count: int, policy: Policy) -> bool:
-    """Whether at least so many nodes have all their workers up."""
-    return len(state.nodes) - row_of(state.nodes).lacking(policy.workers_per_node) >= count
+    """Whether at least so many nodes that stay have all their workers up."""
+    gone = leaving(state)
+    going = sum(len(node.ready) >= policy.workers_per_node for node in state.nodes if node.id in gone) if gone else 0
+    return len(state.nodes) - row_of(state.nodes).lacking(policy.workers_per_node) - going >= count
 
 
 def given_up(node: Node, policy: Policy) -> bool:
@@ -97,9 +112,10 @@ def given_up(node: Node, policy: Policy) -> bool:
 
 
 def start_missing(state: State, policy: Policy, only: Node | None = None) -> tuple[State, tuple[Action, ...]]:
-    """Workers that every node lacks are started; those of `only` one, where no other can lack any."""
-    members = frozenset(state.order) if policy.standby_processes else frozenset()
-    wanted = [(node, wanted_on(node, state, policy, members)) for node in (state.nodes if only is None else (only,))]
+    """Workers that every node that stays lacks are started; those of `only` one, where no other can lack any."""
+    members, gone = frozenset(state.order) if policy.standby_processes else frozenset(), leaving(state)
+    among = [node for node in (state.nodes if only is None else (only,)) if node.id not in gone]
+    wanted = [(node, wanted_on(node, state, policy, members)) for node in among]
     lacks = {node.id: wants - len(node.ready) for node, wants in wanted if len(node.ready) + node.starting < wants}
     lacking = [node for node, _ in wanted if node.id in lacks]
     changed = {node.id: replace(node, starting=lacks[node.id]) for node in lacking if not given_up(node, policy)}
@@ -112,7 +128,7 @@ def start_missing(state: State, policy: Policy, only: Node | None = None) -> tup
 
 def request_missing(state: State, policy: Policy) -> tuple[State, tuple[Action, ...]]:
     """Nodes up to `nodes_max`, and those that stand by, are asked for, once until they are all here."""
-    if len(state.nodes) >= policy.nodes_wanted:
+    if staying(state) >= policy.nodes_wanted:
         return replace(state, requested=0), ()
     if state.requested == policy.nodes_wanted:
         return state, ()
@@ -128,7 +144,7 @@ def gained(state: State, group: Group, policy: Policy) -> tuple[str, ...]:
 
 
 def idle_workers(state: State, group: Group) -> tuple[str, ...]:
-    """Workers that are up and not in the group."""
+    """Workers that are up, on nodes that stay, and not in the group."""
     members = frozenset(group.members)
     return tuple(worker for worker in ready_workers(state) if worker not in members)
 

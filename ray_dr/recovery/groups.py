@@ -20,7 +20,7 @@ from ray_dr.model.recovery import (
     State,
     Suspended,
 )
-from ray_dr.recovery.fleet import are_full, ranked, ready_workers, usable_nodes
+from ray_dr.recovery.fleet import are_full, ranked, ready_workers, staying, usable_nodes
 from ray_dr.recovery.standbys import in_words, takers
 from ray_dr.recovery.words import count
 
@@ -54,7 +54,7 @@ def begins_at(state: State, policy: Policy) -> float | None:
         return 0.0
     if are_full(state, max(policy.nodes_min, policy.min_nodes_to_run), policy):
         return state.changed_at + policy.settle_s
-    if state.attempt and len(state.nodes) >= policy.min_nodes_to_run:
+    if state.attempt and staying(state) >= policy.min_nodes_to_run:
         return state.changed_at + max(policy.settle_s, policy.start_s)
     return None
 
@@ -85,7 +85,7 @@ def restore_of(found: VersionId | Literal["scratch"] | None) -> VersionId | None
 
 
 def form(state: State, restore: VersionId | None, at: float, policy: Policy) -> Decision:
-    """The next attempt begins with every worker that is up, but for those that stand by."""
+    """The next attempt begins with every worker that is up and stays, but for those that stand by."""
     if isinstance(state.phase, Recovering):
         assert not state.phase.unwinding, "a member of a broken group cannot be in the next one"
     # A version may be of an attempt that no journal told this supervisor of: its number is taken.

@@ -10,13 +10,26 @@ from collections.abc import Collection
 from dataclasses import replace
 
 from ray_dr.model.actions import AbortGroup, Action, CloseJob, Decision
-from ray_dr.model.recovery import Failed, FailureKind, Group, Incident, Policy, Recovering, Resizing, Starting, State
+from ray_dr.model.recovery import (
+    Draining,
+    Failed,
+    FailureKind,
+    Group,
+    Incident,
+    Policy,
+    Recovering,
+    Resizing,
+    Starting,
+    State,
+)
+from ray_dr.recovery import preemption
 from ray_dr.recovery.fleet import ranked, ready_workers, request_missing, start_missing, usable_nodes
 from ray_dr.recovery.groups import take_inventory
 from ray_dr.recovery.standbys import in_words, takers
 from ray_dr.recovery.words import also, count, describe
 
 SYMPTOMS = (FailureKind.GROUP_BROKEN, FailureKind.START_TIMEOUT)
+NODE_GONE = (FailureKind.NODE_LOST, FailureKind.PREEMPTED)
 
 
 def next_incident(state: State, kind: FailureKind, subject: str, at: float, step: int, detail: str) -> Incident:
@@ -43,7 +56,8 @@ def begin(state: State, group: Group, incident: Incident, policy: Policy, *, gon
     gone   members that left by themselves; those that are not up any more need not be named
     """
     unwinding = _still_inside(state, group, gone)
-    state = _count_failure(note_step(state, incident.step), describe(incident))
+    state = note_step(state, incident.step)
+    state = state if preemption.excused(state, group.members, incident) else _count_failure(state, describe(incident))
     if state.failures > policy.attempts_without_progress:
         return fail(state, group.attempt, unwinding, _no_progress(state), resubmit=True)
     phase = Recovering(incident, unwinding, None, incident.at, group.attempt)
@@ -120,7 +134,7 @@ def further_loss(state: State, phase: Recovering, loss: Incident, workers: Colle
     state, requests = request_missing(state, policy)
     state, starts = start_missing(state, policy)
     decision = Decision(state, (*requests, *starts), reason)
-    if loss.kind is not FailureKind.NODE_LOST:
+    if loss.kind not in NODE_GONE:
         return decision
     return also(decision, take_inventory(state, loss.at, policy))
 
@@ -128,13 +142,13 @@ def further_loss(state: State, phase: Recovering, loss: Incident, workers: Colle
 def _explains(loss: Incident, incident: Incident, state: State, workers: Collection[str]) -> bool:
     """Whether a later loss is what an incident began with: it took a member, and only symptoms were seen before."""
     if incident.kind is FailureKind.WORKER_LOST:
-        return loss.kind is FailureKind.NODE_LOST and incident.subject in workers
-    return incident.kind is not FailureKind.NODE_LOST and any(worker in state.order for worker in workers)
+        return loss.kind in NODE_GONE and incident.subject in workers
+    return incident.kind not in NODE_GONE and any(worker in state.order for worker in workers)
 
 
 def _still_inside(state: State, group: Group, gone: Collection[str]) -> tuple[str, ...]:
     """Members that are up and have not left the attempt, in rank order."""
-    stopped = state.phase.stopped if isinstance(state.phase, Resizing) else ()
+    stopped = state.phase.stopped if isinstance(state.phase, Resizing | Draining) else ()
     out = {*gone, *stopped, *state.done}
     ready = frozenset(ready_workers(state))
     return tuple(worker for worker in group.members if worker in ready and worker not in out)

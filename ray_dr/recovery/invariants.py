@@ -8,7 +8,7 @@ from __future__ import annotations
 from ray_dr.model.actions import AbortGroup, CloseJob, Decision, FormGroup, Rescue, StopGroup
 from ray_dr.model.events import Event
 from ray_dr.model.recovery import Failed, Finished, Policy, Recovering, Resizing, Running, Starting, State
-from ray_dr.recovery.fleet import ranked, ready_workers
+from ray_dr.recovery.fleet import leaving, ranked, ready_workers, staying
 
 
 def check(before: State, event: Event, decision: Decision, policy: Policy, *, walk: bool = True) -> None:
@@ -20,7 +20,9 @@ def check(before: State, event: Event, decision: Decision, policy: Policy, *, wa
     assert decision.reason, "every decision has a reason"
     assert after.attempt >= before.attempt, "I8: attempts only grow"
     assert after.incidents >= before.incidents, "incidents are numbered upwards"
-    assert len(after.nodes) <= policy.nodes_wanted, "I13: never more nodes than allowed"
+    assert staying(after) <= policy.nodes_wanted, "I13: never more nodes than allowed"
+    if after.departures is not before.departures:
+        assert leaving(after) <= {node.id for node in after.nodes}, "who leaves is a node of the job"
     if walk and after.nodes is not before.nodes:
         ready = ready_workers(after)
         assert len(set(ready)) == len(ready), "a worker is on one node"
@@ -57,6 +59,7 @@ def _check_groups(before: State, decision: Decision, policy: Policy) -> None:
         assert len(set(group.members)) == len(group.members), "I8: each once"
         members = frozenset(group.members)
         nodes = [node for node in decision.state.nodes if not members.isdisjoint(node.ready)]
+        assert leaving(decision.state).isdisjoint([node.id for node in nodes]), "no group with a node that will be taken away"
         assert policy.min_nodes_to_run <= len(nodes) <= policy.nodes_max, "I13: between the limits"
         crowd = [node for node in nodes if len(members.intersection(node.ready)) > policy.workers_per_node]
         assert not crowd, "I13: no more members on a node than workers"
@@ -65,8 +68,10 @@ def _check_groups(before: State, decision: Decision, policy: Policy) -> None:
             assert moved or group.members[place] == worker, "a survivor keeps its rank while there are ranks enough"
         assert not _still_inside(before) - _left(decision, before), "I8: nobody is in two groups"
     if isinstance(before.phase, Running) and isinstance(decision.state.phase, Resizing) and not decision.state.phase.stopped:
-        larger = len(ranked(decision.state, policy)) > len(decision.state.phase.group.members)
-        assert larger, "a group stops only for a larger one, not for who stands by"
+        members, gone = decision.state.phase.group.members, leaving(decision.state)
+        larger = len(ranked(decision.state, policy)) > len(members)
+        left = any(node.id in gone and not set(members).isdisjoint(node.ready) for node in decision.state.nodes)
+        assert larger or left, "a group stops only for a larger one, or for who leaves, not for who stands by"
     for action in decision.actions:
         if isinstance(action, AbortGroup | StopGroup):
             assert action.attempt <= before.attempt or action.attempt == decision.state.attempt, "a group that exists"

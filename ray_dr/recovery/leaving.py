@@ -20,8 +20,8 @@ from ray_dr.model.recovery import (
     Starting,
     State,
 )
-from ray_dr.recovery import draining, incidents
-from ray_dr.recovery.groups import form, group_of
+from ray_dr.recovery import draining, incidents, preemption
+from ray_dr.recovery.groups import group_of
 from ray_dr.recovery.row import place_of
 from ray_dr.recovery.words import also, describe, ignored
 
@@ -76,9 +76,9 @@ def raised(state: State, event: WorkerRaised, policy: Policy) -> Decision:
     match state.phase:
         case Recovering() as recovering:
             return _raised_while_recovering(state, recovering, incident)
-        case Starting(group) | Running(group) | Resizing(group) if event.collateral:
-            return incidents.begin(state, group, incident, policy, gone=(event.worker,))
-        case Starting(group) | Running(group) | Resizing(group):
+        case Starting(group) | Running(group) | Resizing(group) | Draining(group=Group() as group, suspends=True):
+            if event.collateral:
+                return incidents.begin(state, group, incident, policy, gone=(event.worker,))
             return incidents.user_error(state, group, incident, policy)
         case Draining() as phase_draining:
             return draining.fall_back(state, phase_draining, describe(incident), event.at, policy)
@@ -149,7 +149,8 @@ def _one_stopped(state: State, phase: Resizing, event: WorkerStopped | WorkerRet
     reason = f"worker {event.worker} stopped at step {step}"
     if not _covered(phase.group, (*left, *state.done)):
         return Decision(state, (), reason)
-    return also(Decision(state, (), reason), form(state, VersionId(phase.group.attempt, step), event.at, policy))
+    version = VersionId(phase.group.attempt, step)
+    return also(Decision(state, (), reason), preemption.stopped(state, phase.group, version, event.at, policy))
 
 
 def _all_returned(state: State, event: WorkerReturned) -> Decision:

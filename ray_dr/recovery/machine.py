@@ -37,6 +37,7 @@ from ray_dr.model.events import (
     Hung,
     InventoryTaken,
     NodeJoined,
+    NodeLeaving,
     NodeLost,
     Opened,
     Rescued,
@@ -63,8 +64,8 @@ from ray_dr.model.recovery import (
     State,
     Suspended,
 )
-from ray_dr.recovery import capacity, draining, incidents, leaving, rescue
-from ray_dr.recovery.fleet import gained, ranked, request_missing, start_missing, still_starting, usable_nodes
+from ray_dr.recovery import capacity, draining, incidents, leaving, preemption, rescue
+from ray_dr.recovery.fleet import gained, ranked, request_missing, start_missing, staying, still_starting, usable_nodes
 from ray_dr.recovery.groups import answered, begins_at, can_begin, form, restore_of, take_inventory
 from ray_dr.recovery.words import NOTHING_DUE, also, count, ignored
 
@@ -82,6 +83,8 @@ def step(state: State, event: Event, policy: Policy) -> Decision:
     if isinstance(state.phase, Finished | Failed):
         return ignored(state, "the job is over")
     decision = _learn(state, event, policy)
+    if isinstance(state.phase, Draining) and state.phase.suspends:
+        decision = preemption.waits_instead(decision, type(event), event.at, policy)
     if decision.state is not state or isinstance(event, Tick):
         decision = rescue.noted(decision, event)
         decision = _go_on(decision, event.at, policy)
@@ -109,7 +112,7 @@ def _learn(state: State, event: Event, policy: Policy) -> Decision:
         case WorkerReturned():
             return leaving.returned(state, event, policy)
         case FirstStep():
-            return _first_step(state, event)
+            return preemption.considered(_first_step(state, event), event.at, policy)
         case InventoryTaken():
             return _inventory_taken(state, event, policy)
         case Saved():
@@ -121,7 +124,9 @@ def _learn(state: State, event: Event, policy: Policy) -> Decision:
         case ActionFailed():
             return _action_failed(state, event, policy)
         case Adopted():
-            return _adopted(state, event, policy)
+            return preemption.considered(_adopted(state, event, policy), event.at, policy)
+        case NodeLeaving():
+            return preemption.node_leaving(state, event, policy)
         case Tick():
             return _tick(state, event, policy)
         case Rescued():
@@ -143,11 +148,14 @@ def _go_on(decision: Decision, at: float, policy: Policy) -> Decision:
                 decision = also(decision, Decision(state, (), lost))
             if usable_nodes(state) >= policy.min_nodes_to_run:
                 return also(decision, form(state, restore_of(phase.found), at, policy))
-            return also(decision, _suspend(state, phase, at, policy))
-        case Running() as phase if not state.done and _can_grow(state, phase, at, policy):
-            return also(decision, _resize(state, phase, at, policy))
-        case Running() if not state.done and policy.standby_processes:
-            return _refill_standbys(decision, policy)
+            return also(decision, preemption.keep_found(state, phase, at, policy) or _suspend(state, phase, at, policy))
+        case Running() as phase:
+            state = (decision := preemption.released(decision, policy)).state
+            if not state.done and _can_grow(state, phase, at, policy):
+                return also(decision, _resize(state, phase, at, policy))
+            if not state.done and policy.standby_processes:
+                return _refill_standbys(decision, policy)
+            return decision
         case _:
             return decision
 
@@ -161,13 +169,13 @@ def _suspend(state: State, phase: Recovering, at: float, policy: Policy) -> Deci
 def _can_grow(state: State, phase: Running, at: float, policy: Policy) -> bool:
     """Whether idle workers are up and it is not worth waiting for more of them."""
     idle = gained(state, phase.group, policy)
-    if not idle:
+    if not idle or (state.departures and usable_nodes(state) < policy.min_nodes_to_run):
         return False
     waited = at - state.changed_at
     if waited >= policy.start_s:
         return True
     whole = policy.has_standbys and len(ranked(state, policy)) == policy.nodes_max * policy.workers_per_node
-    complete = whole or (len(state.nodes) >= policy.nodes_wanted and not still_starting(state.nodes))
+    complete = whole or (staying(state) >= policy.nodes_wanted and not still_starting(state.nodes))
     beside = [node for node in state.nodes if set(node.ready) & set(idle)]
     return complete or (waited >= policy.settle_s and not still_starting(beside))
 
@@ -322,6 +330,8 @@ def _tick(state: State, event: Tick, policy: Policy) -> Decision:
         case Recovering() as phase if phase.rescue_until and at >= phase.rescue_until:
             return rescue.out_of_time(state, phase, policy)
         case Draining() as phase if at >= phase.deadline:
+            if phase.suspends and phase.saving is None:
+                return draining.fall_back(state, phase, "the deadline passed", at, policy)
             return draining.out_of_time(state, phase)
         case _:
             return ignored(state, NOTHING_DUE)
@@ -332,7 +342,7 @@ def _must_ask(state: State, at: float, policy: Policy) -> bool:
     if state.retry_at is not None:
         return at >= state.retry_at
     opened, ending = state.changed_at > 0, isinstance(state.phase, Draining | Finishing)
-    return opened and not ending and state.requested == 0 and len(state.nodes) < policy.nodes_wanted
+    return opened and not ending and state.requested == 0 and staying(state) < policy.nodes_wanted
 
 
 def _ask_again(state: State, at: float, policy: Policy) -> Decision:

@@ -18,18 +18,19 @@ NAMED = 3
 
 
 def chosen(state: State, policy: Policy) -> tuple[str, ...]:
-    """The workers of a next group, of those that are up, in the order their nodes joined: as many as the job may have.
+    """The workers of a next group, of those that are up and stay, in the order their nodes joined: as many as the job may have.
 
     Nodes with more workers come first, then those with more members of the newest group, then those that joined earlier; on a
     node, members of the newest group come first.
     """
+    gone = frozenset([departure.node for departure in state.departures])
     if not policy.has_standbys:
-        return tuple(worker for node in state.nodes for worker in node.ready)
+        return tuple(worker for node in state.nodes if node.id not in gone for worker in node.ready)
     per_node, most = policy.workers_per_node, policy.nodes_max
     before = frozenset(state.order)
     taken = [
         (place, node.ready if len(node.ready) <= per_node else _first(node.ready, before, per_node))
-        for place, node in enumerate(state.nodes) if node.ready
+        for place, node in enumerate(state.nodes) if node.ready and node.id not in gone
     ]  # fmt: skip
     if len(taken) > most:
         best = sorted(taken, key=lambda one: (-len(one[1]), -len(before.intersection(one[1])), one[0]))

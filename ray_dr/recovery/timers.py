@@ -15,7 +15,7 @@ from ray_dr.model.recovery import (
     Starting,
     State,
 )
-from ray_dr.recovery.fleet import gained, still_starting
+from ray_dr.recovery.fleet import gained, staying, still_starting
 from ray_dr.recovery.groups import begins_at
 
 
@@ -35,7 +35,7 @@ def _asked(state: State, policy: Policy) -> float | None:
     if state.retry_at is not None:
         return state.retry_at
     opened, ending = state.changed_at > 0, isinstance(state.phase, Draining | Finishing)
-    return state.changed_at if opened and not ending and not state.requested and len(state.nodes) < policy.nodes_wanted else None
+    return state.changed_at if opened and not ending and not state.requested and staying(state) < policy.nodes_wanted else None
 
 
 def _deadline(state: State, policy: Policy) -> float | None:
@@ -58,7 +58,7 @@ def _settled(state: State, policy: Policy) -> float | None:
         case Queued(asked=False):
             return begins_at(state, policy)
         case Running() as phase if not state.done and (idle := gained(state, phase.group, policy)):
-            whole = len(state.nodes) >= policy.nodes_wanted and not still_starting(state.nodes)
+            whole = staying(state) >= policy.nodes_wanted and not still_starting(state.nodes)
             beside = [node for node in state.nodes if any(worker in idle for worker in node.ready)]
             soon = whole or not still_starting(beside)
             return state.changed_at + (min(policy.settle_s, policy.start_s) if soon else policy.start_s)

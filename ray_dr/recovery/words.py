@@ -39,6 +39,8 @@ def describe(incident: Incident) -> str:
             what = f"worker {subject} raised {detail}"
         case FailureKind.START_TIMEOUT:
             what = f"{subject}: {detail}"
+        case FailureKind.PREEMPTED:
+            what = f"node {subject} was taken away, as announced ({detail})"
         case FailureKind.HANG:
             what = f"worker {subject} does not get on ({detail})"
     return f"{what} at step {incident.step}"

@@ -7,17 +7,34 @@ itself, whatever they say.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from ray_dr.model.departure import Rates
+from ray_dr.model.events import NodeLeaving
 from ray_dr.simulator.listening import Listening, hung_in
-from ray_dr.simulator.things import Agent
+from ray_dr.simulator.swarm import Swarm
+from ray_dr.simulator.things import Agent, Node
 from ray_dr.simulator.training import Run
 
 if TYPE_CHECKING:
     from ray_dr.simulator.world import World
 
+RESUME_S = 5.0
+"""Until a group's first step begins, its members' stops, calls and restores together."""
 POWER_CUT = 0.5
 """Of nodes that die, the share that closes no connection."""
+ASKED_S = 0.25
+"""Ray is asked that often who is to leave."""
+
+
+def rates(swarm: Swarm) -> Rates:
+    """What a job would have measured in such a world."""
+    copied_s = swarm.seal_s + swarm.copy_s
+    return Rates(
+        step_s=swarm.step_s, staged_s=swarm.seal_s, copied_s=copied_s, delta_s=swarm.write_s, full_s=swarm.write_s,
+        resume_s=RESUME_S + swarm.seal_s + swarm.step_s, copies=swarm.job.memory.copies > 1,
+    )  # fmt: skip
 
 
 class Detection:
@@ -49,6 +66,17 @@ class Detection:
     def begins(self, attempt: int, step: int) -> None:
         """The supervisor of the time sees the steps of an attempt from this one on."""
         self._seen_from = attempt, step
+
+    def node_leaves(self, node: Node) -> None:
+        """Somebody has said when a node will be taken away; Ray repeats it to each who asks."""
+        if node.leaves_at is not None:
+            self._world.clock.after(self._world.delay() + ASKED_S, self._leaves, node)
+
+    def _leaves(self, node: Node) -> None:
+        world = self._world
+        if node.alive and node.leaves_at is not None and world.supervisor is not None:
+            known = replace(rates(world.swarm), committed=world.bucket.newest is not None)
+            world.supervisor.post(NodeLeaving(world.clock.now, node.id, node.leaves_at, "notice", known))
 
     def taken_over(self) -> None:
         """A new supervisor has taken the job over, and knows nothing of before."""

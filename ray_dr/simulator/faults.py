@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ray_dr.model.events import StopRequested
-from ray_dr.simulator import zombie
+from ray_dr.simulator import promises, zombie
 from ray_dr.simulator.swarm import Fault
 from ray_dr.simulator.things import Node, Worker
 from ray_dr.simulator.world import World
 
 SHORT_S, LONG_S = 1.5, 90.0
 HEAD_BACK_S = 120.0
+NOTICED = 0.8
+"""Of preemptions, the share that anybody hears of beforehand."""
 FLAPS = 4
 TWINS, TWIN_S = 0.2, 5.0
 """Of faults, the share that comes soon after another one, and how soon: recoveries are where it hurts."""
@@ -50,6 +52,8 @@ class Faults:
         """No more faults: what is in trouble is well, and at least `core` machines are up."""
         world = self._world
         world.faulty = False
+        for node in [node for node in world.nodes.values() if node.leaves_at is not None]:
+            world.node_dies(node)
         world.bucket.down, world.bucket.slow = 0, 1.0
         for node in list(world.nodes.values()):
             for trouble in ("frozen", "cut", "unheard"):
@@ -67,6 +71,7 @@ class Faults:
 
     def _strike(self, fault: Fault) -> None:
         if self._world.faulty:
+            self._world.disturbed += 1
             self._world.say(f"fault: {fault}")
             self._do(fault)
             self._next(fault)
@@ -76,6 +81,7 @@ class Faults:
 
     def _strike_once(self, fault: Fault) -> None:
         if self._world.faulty:
+            self._world.disturbed += 1
             self._world.say(f"fault, soon after another: {fault}")
             self._do(fault)
 
@@ -142,19 +148,24 @@ class Faults:
         node = next((node for node in world.nodes.values() if node.machine == machine), None)
         if not world.faulty or not times:
             return
+        world.disturbed += 1
         if node is not None:
             world.node_dies(node)
         world.clock.after(self._about(5.0), world.boot, machine)
         world.clock.after(self._about(20.0), self._flap, machine, times - 1)
 
     def _preempt(self, node: Node) -> None:
-        """Taken back by the provider: with notice, of which nobody takes any today, or without."""
-        notice_s = self._world.dice.choice((0.0, 30.0, 120.0))
+        """Taken back by the provider: with notice or without."""
+        notice_s = self._world.dice.choice((0.0, 2.0, 10.0, 30.0, 120.0))
         self._world.changes += 1
-        self._world.clock.after(notice_s, self._preempted, node)
+        self._world.noticed(node, notice_s, said=self._world.dice.random() < NOTICED)
+        promised = promises.notice_given(self._world, node)
+        self._world.clock.after(notice_s, self._preempted, node, promised)
 
-    def _preempted(self, node: Node) -> None:
+    def _preempted(self, node: Node, promised: promises.InTime | None) -> None:
         if self._world.faulty:
+            promises.left_in_time(self._world, node, promised)
+            self._world.disturbed += 1
             self._world.node_dies(node)
 
     def _raise(self, worker: Worker) -> None:

@@ -124,6 +124,8 @@ class Supervisor:
             self._attempt, self._progress = group.attempt, done
             self.decide(Adopted(now, group, done, who_left(living, group)))
             self.world.detection.taken_over()
+        for there in self.world.nodes.values():
+            self.world.detection.node_leaves(there)
         self.perform.discover()
         waiting, self._waiting = self._waiting, []
         for agent, message in waiting:

@@ -103,11 +103,12 @@ class Performer:
         if not self._host.alive or self._host.outcome is not None:
             return
         pending = sum(now - since < AGENT_START_S for since in self._coming.values())
-        room = self._host.policy.nodes_wanted - len(self.agents) - pending
+        leaving = sum(node in self.agents for node in world.leaving)
+        room = self._host.policy.nodes_wanted - (len(self.agents) - leaving) - pending
         if room <= 0:
             return
         taken = self.agents.keys() | self._coming.keys()
-        free = [node for node in world.nodes.values() if node.alive and node.id not in taken]
+        free = [node for node in world.nodes.values() if node.alive and node.leaves_at is None and node.id not in taken]
         for node in free[:room]:
             again = node.id in self._seen
             self._seen.add(node.id)
@@ -136,6 +137,7 @@ class Performer:
         node.agents.append(agent)
         self.join(agent)
         host.post(NodeJoined(world.clock.now, node.id))
+        world.detection.node_leaves(node)
 
     def join(self, agent: Agent) -> None:
         """Listen to an agent: all that was not acknowledged yet comes first."""
@@ -300,11 +302,12 @@ class Performer:
     def _send_out(self, group: Group, members: Sequence[Worker]) -> None:
         world = self._world
         by_node = {agent.node.id: agent for agent in self.agents.values()}
-        domains = {node: world.domain(agent.node) for node, agent in by_node.items()}
+        working = {worker.node.id for worker in members}
+        domains = {node: world.domain(agent.node) for node, agent in by_node.items()
+                   if agent.node.leaves_at is None or node in working}  # fmt: skip
         named = replicas(domains, world.swarm.job.memory.copies)
         if self._host.policy.standby_nodes:
-            working = {worker.node.id for worker in members}
-            named = standbys.keepers(domains, world.swarm.job.memory.copies, [node for node in by_node if node not in working])
+            named = standbys.keepers(domains, world.swarm.job.memory.copies, [node for node in domains if node not in working])
         keepers = {by_node[node]: tuple(by_node[keeper] for keeper in on) for node, on in named.items()}
         run = Run(group, members, keepers, world.swarm)
         began = 0

@@ -6,13 +6,17 @@ The numbers are those of the architecture's list of invariants.
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ray_dr.model.checkpoint import VersionId
 from ray_dr.model.data import share
-from ray_dr.model.recovery import Group, Running
+from ray_dr.model.recovery import Failed, Finished, Finishing, Group, Running
+from ray_dr.recovery.fleet import usable_nodes
+from ray_dr.recovery.preemption import Choice, choose
 from ray_dr.simulator.breach import must
-from ray_dr.simulator.things import Agent, Worker
+from ray_dr.simulator.detection import rates
+from ray_dr.simulator.things import Agent, Node, Worker
 from ray_dr.simulator.training import Doing
 
 if TYPE_CHECKING:
@@ -22,6 +26,8 @@ if TYPE_CHECKING:
 EVER_S = 1e6
 BATCH = 97
 """Samples in a step: prime, so that no number of ranks divides it."""
+AT_WORK_S = 60.0
+"""What a supervisor may have begun just before a notice takes no longer."""
 
 
 def attempt_begins(world: World, host: Supervisor, group: Group) -> None:
@@ -78,6 +84,51 @@ def _keeps_word(world: World, host: Supervisor, restore: VersionId | None, agent
     rescued = found is not None and found.staged_by and not found.armed(world.clock.now) and restore not in host.stored
     if not (rescued and armed is not None and armed.armed(world.clock.now)):
         world.armed = None  # else it stays until what was rescued has its copies
+
+
+@dataclass(frozen=True, slots=True)
+class InTime:
+    """A notice that came early enough, when nothing else was wrong; `disturbed`, `lost_steps`: the world's counts then."""
+
+    disturbed: int
+    lost_steps: int
+
+
+def notice_given(world: World, node: Node) -> InTime | None:
+    """What is promised about a node that is to be taken away; None: nothing."""
+    run, host, swarm = world.run, world.supervisor, world.swarm
+    if node.leaves_at is None or run is None or run.doing is not Doing.GOING or host is None:
+        return None
+    well = all(other.answers and other.slow == 1.0 for other in world.nodes.values())
+    alone = sum(other.leaves_at is not None for other in world.nodes.values()) == 1
+    calm = well and alone and not world.bucket.down and world.bucket.slow == 1.0 and not swarm.call_lost and not swarm.poison
+    if not calm or not isinstance(host.state.phase, Running) or run.group != host.state.phase.group:
+        return None
+    stays = usable_nodes(host.state) - (node in run.nodes)
+    enough = stays >= host.policy.min_nodes_to_run
+    plan = choose(node.leaves_at - world.clock.now - AT_WORK_S, rates(swarm), enough_stay=enough, alone=True)
+    return None if plan.choice is Choice.NOTHING else InTime(world.disturbed, world.tally.lost_steps)
+
+
+def left_in_time(world: World, node: Node, promised: InTime | None) -> None:
+    """What must hold at the end of a node that was promised to be left in time. Raises Breach."""
+    run, host = world.run, world.supervisor
+    if promised is None or promised.disturbed != world.disturbed or world.over or run is None or host is None:
+        return
+    kept = world.tally.lost_steps == promised.lost_steps
+    must(kept, f"I6: steps were lost although {node.id} said in time that it would leave")
+    if isinstance(host.state.phase, Finishing | Finished | Failed):
+        return
+    inside = node in run.nodes and run.doing in (Doing.GOING, Doing.JOINING)
+    must(not inside, f"attempt {run.attempt} is at work on {node.id}, which said in time that it would leave")
+    restorable = max([*host.stored, *(v.id for v in world.versions() if v.available(_others(world, node), world.clock.now))],
+                     default=None)  # fmt: skip
+    here = run.steps(world.clock.now) if node in run.nodes else 0
+    must(not here or (restorable is not None and restorable.step >= here), f"I6: step {here} is nowhere but on {node.id}")
+
+
+def _others(world: World, node: Node) -> dict[Agent, None]:
+    return {agent: None for agent in world.agents() if agent.node is not node and agent.node.answers}
 
 
 def expect_well(world: World, after: str) -> None:

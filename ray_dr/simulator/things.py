@@ -37,6 +37,8 @@ class Node:
     workers: dict[str, Worker] = field(default_factory=dict)
     later: list[tuple[Callable[..., None], tuple[Any, ...]]] = field(default_factory=list)
     troubled_at: float = math.inf
+    leaves_at: float | None = None
+    """When it will be taken away, once somebody has said so."""
 
     @property
     def works(self) -> bool:

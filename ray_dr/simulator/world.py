@@ -55,6 +55,9 @@ class World:
         self.supervisor: Supervisor | None = None
         self.trace: deque[tuple[float, Event | str, str]] = deque(maxlen=trace)
         self.armed: Version | None = None
+        self.disturbed = 0
+        """How often anything has gone wrong so far."""
+        self.leaving: set[str] = set()
         self.absent: set[int] = set()
         self.up: set[int] = set()
         self._lives = 0
@@ -220,6 +223,7 @@ class World:
         self.changes += 1
         node.alive = False
         del self.nodes[node.id]
+        self.leaving.discard(node.id)
         self.absent.add(node.machine)
         self.up.discard(node.machine)
         for agent in list(node.agents):
@@ -228,6 +232,13 @@ class World:
             self.clock.after(self.dice.expovariate(1 / self.swarm.reboot_s), self.boot, node.machine)
         elif self.supervisor is not None and self.supervisor.perform.target:
             self.capacity_wanted()
+
+    def noticed(self, node: Node, left_s: float, *, said: bool = True) -> None:
+        """A node will be taken away in so many seconds, and it is `said`."""
+        if said and node.alive:
+            self.leaving.add(node.id)
+            node.leaves_at = min(node.leaves_at or float("inf"), self.clock.now + left_s)
+            self.detection.node_leaves(node)
 
     def _agent_dies(self, agent: Agent) -> None:
         if not agent.alive:

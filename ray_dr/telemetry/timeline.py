@@ -27,6 +27,7 @@ from ray_dr.model.journal import (
 )
 from ray_dr.model.recovery import Failed, Finished, Incident, Recovering, Resizing, Running, Starting, State, Suspended
 from ray_dr.telemetry.lineage import bases, loss_curve, steps, verify_data
+from ray_dr.telemetry.preemptions import in_words, still_there
 from ray_dr.telemetry.tiers import Row, fold
 
 __all__ = ["IncidentReport", "JobStatus", "incidents", "loss_curve", "replay", "status", "steps", "verify_data"]
@@ -51,6 +52,7 @@ class JobStatus:
     reason       of the last decision; for a failed job, why it failed
     resubmit     whether running a failed job again can help
     cadence      why saves are as often as they are; empty before anything is measured
+    leaving      nodes of the job that will be taken away, in words
     unmet        why the recovery point objective cannot be met; empty when it can
     """
 
@@ -78,6 +80,7 @@ class JobStatus:
     unmet: str = ""
     standbys: tuple[str, ...] = ()
     """Workers that are up beside the newest group, while there is one."""
+    leaving: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +143,7 @@ def status(records: Iterable[Record]) -> JobStatus:
         cadence=_told(kept, "cadence.changed"),
         unmet=_told(kept, "rpo.unreachable", "rpo.reachable"),
         standbys=_standbys(state) if state else (),
+        leaving=tuple(f"node {one.node} is {in_words(one)}" for one in still_there(kept)),
     )
 
 

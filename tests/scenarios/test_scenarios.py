@@ -104,7 +104,8 @@ def _state(state: State) -> str:
     if incident:
         shown.append(f"incident {incident.number} ({incident.kind.value}, {incident.subject})")
     nodes = " ".join(f"{node.id}[{' '.join([*node.ready, *['...'] * node.starting])}]" for node in state.nodes)
-    return f"{' '.join(shown)} | {nodes or 'no nodes'} | step {state.step}"
+    leaving = f" | leaving: {', '.join(departure.node for departure in state.departures)}" if state.departures else ""
+    return f"{' '.join(shown)} | {nodes or 'no nodes'} | step {state.step}{leaving}"
 
 
 def _action(action: Action) -> str:

@@ -129,7 +129,7 @@ BAD = [
     ),
     (
         "job: x\nrecovery: {slow: restart}",
-        "2: recovery.slow: unknown key (known: unwind, start, settle, silent, hang, attempts_without_progress)",
+        "2: recovery.slow: unknown key (known: unwind, start, settle, silent, hang, attempts_without_progress, notices)",
     ),
     (
         "job: x\nrecovery: {attempts_without_progress: 0}",

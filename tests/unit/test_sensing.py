@@ -16,7 +16,7 @@ from ray_dr.model.checkpoint import StepRecord
 from ray_dr.model.events import Event, Hung
 from ray_dr.model.job import Detecting
 from ray_dr.model.recovery import Group
-from ray_dr.model.signal import Beacon, WorkerPhase
+from ray_dr.model.signal import Beacon, Finding, Notice, WorkerPhase
 
 NODES = ("a" * 56, "b" * 56)
 WORKERS = tuple(f"{short(node)}/1.1" for node in NODES)
@@ -150,3 +150,15 @@ def test_a_node_that_falls_silent_is_given_up_by_its_full_name(clock: SimpleName
     assert [node for node, _ in stage.lost] == [NODES[1]]
     assert "has said nothing for" in stage.lost[0][1]
     assert codec.to_json(stage.notes)  # what goes to the journal
+
+
+def test_a_notice_is_noted_and_acted_on_once_and_advice_is_only_noted() -> None:
+    stage = Stage()
+    told: list[tuple[str, Finding]] = []
+    stage.notices = SimpleNamespace(confirmed=lambda node, finding: told.append((node, finding)))  # type: ignore[attr-defined]
+    for left_s in (30.0, 29.9):
+        stage.senses.noticed(NODES[1], (Notice("ray drain", left_s), Notice("aws rebalance", math.inf, certain=False)))
+    ((node, finding),) = told
+    assert (node, finding.numbers["left_s"]) == (NODES[1], 30.0)
+    assert [note["stage"] for note in stage.notes] == ["confirmed", "suspected"]
+    assert finding.evidence.endswith("will be taken away in 30 s (ray drain)")
