@@ -183,7 +183,7 @@ def kill_supervisor_twice(scene: Scene) -> None:
 
 
 def kill_worker_and_other_agent(scene: Scene) -> None:
-    """A worker, and the agent that holds the only copy of what it had."""
+    """A worker, and the agent that holds the copies of what it had."""
     scene.start()
     scene.until_ready()
     victim, other = (scene.worker(rank) for rank in scene.chance.sample(range(2), 2))
