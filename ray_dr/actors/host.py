@@ -156,6 +156,7 @@ class Host:
             "phase": type(self.state.phase).__name__, "attempt": self.state.attempt, "step": self.progress.step,
             "world": len(group.members) if group else 0, "nodes": [node.id for node in self.state.nodes],
             "standbys": idle_workers(self.state, group) if group else (),
+            "leaving": [departure.node for departure in self.state.departures],
             "incidents": self.state.incidents, "term": self.term, "tiers": self.saves.tiers(),
             "journal_lag_s": self.journal.lag_s, "over": self._over.is_set(), **codec.to_json(self._live.view()),
         }  # fmt: skip

@@ -246,7 +246,7 @@ def _workers(state: State, node: str) -> tuple[str, ...]:
 
 
 def _when(left_s: float) -> str:
-    return "at a time nobody told" if left_s == math.inf else f"in {left_s:.0f} s"
+    return "at a time nobody told" if left_s == math.inf else f"in {max(0.0, left_s):.0f} s"
 
 
 def _left(left_s: float) -> str:
