@@ -28,6 +28,10 @@ class FailureKind(StrEnum):
     START_TIMEOUT = "start_timeout"
     HANG = "hang"
     """A worker lives and does not get on, and the others wait for it."""
+    DIVERGED = "diverged"
+    """Training itself went wrong, on every rank alike: numbers that are not finite, or a loss that does not come back."""
+    CORRUPTION = "corruption"
+    """Parameters that should be the same on several ranks are not: a machine computes or remembers wrongly."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +85,29 @@ class Policy:
     start_s: float
     settle_s: float
     attempts_without_progress: int
+    rollbacks: int = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Rollback:
+    """What is known since a job had to go back: no version of attempts up to `attempt` and of steps beyond `good` is of any use.
+
+    last      the last step that was done then
+    batch     samples in a step that are not to come again (those of the steps from the version restored to `last`); 0: none
+              are left out, as after a corruption, or where the program's samples are not ray_dr's
+    base      the step it went on from, known once the next group is formed
+    scratch   the attempt itself had begun from scratch: that is something to go back to
+    why       in words
+    """
+
+    attempt: int
+    good: int
+    last: int
+    batch: int = 0
+    base: int | None = None
+    scratch: bool = False
+    diverged: bool = True
+    why: str = ""
 
 
 # -------------------------------------------------------------------------------------------------------------- states
@@ -226,3 +253,5 @@ class State:
     first_cause: str = ""
     asks: int = 0
     retry_at: float | None = None
+    rollbacks: tuple[Rollback, ...] = ()
+    """How often the job had to go back to before something went wrong in training, oldest first: in its whole life."""
