@@ -18,13 +18,14 @@ from ray_dr.errors import ConfigError
 from ray_dr.model.attempt import Assignment, Cadence
 from ray_dr.model.checkpoint import RECORD_WINDOW, Part, StepRecord, VersionId
 from ray_dr.model.data import Order, Slice
-from ray_dr.model.journal import DataOpened, Marked, Where
+from ray_dr.model.journal import DataOpened, Marked, Noted, Where
 from ray_dr.model.signal import WorkerPhase
 from ray_dr.stores.base import Store
 from ray_dr.train import data as elastic
 from ray_dr.train.collectives import Reducer, is_collective_error
 from ray_dr.train.data import Data, StepBatch
 from ray_dr.train.fence import Fence, Parcel
+from ray_dr.train.health import Watch
 from ray_dr.train.link import Link
 from ray_dr.train.restore import restore
 from ray_dr.train.staging import Planner
@@ -120,6 +121,7 @@ class Context:
         self._logs: dict[str, float] = {}
         self._window: list[StepRecord] = []
         self._unsaved = assignment.origin_wanting
+        self._watch = Watch(assignment.health, assignment.world, lambda: self._logs)
         self.settings = dict(assignment.settings)
 
     @property
@@ -137,7 +139,7 @@ class Context:
         """
         if self._a.deterministic and micro_batches is None:
             micro_batches = self._a.world_most
-        order = Order(len(dataset), self._a.seed, shuffle)
+        order = Order(len(dataset), self._a.seed, shuffle, self._a.left_out)
         self._data = Data(dataset, global_batch=global_batch, micro_batches=micro_batches, order=order, collate=collate)
         return self._data
 
@@ -163,6 +165,7 @@ class Context:
             self._link.record(restored)
         self._flattener.flatten(objects)  # what can't be saved is refused now, not hours later
         self._fence.watch(objects.values())
+        self._watch.look_at(objects.values())
         self._control.finish_step(step)
         if self._a.rank == 0 and self._data is not None:
             self._link.record(self._opened(self._data))
@@ -184,6 +187,7 @@ class Context:
                 self._check()
                 begun = time.monotonic()
                 self._link.beacon.enter(WorkerPhase.LOAD, state.step)
+                self._watch.begin()
                 slices, indices, batch = self._batch(state)
                 self._link.beacon.enter(WorkerPhase.COMPUTE)
                 yield batch
@@ -204,6 +208,11 @@ class Context:
     def log(self, **values: Any) -> None:
         """Numbers to keep with this step, in the journal (a tensor's value is read)."""
         self._logs.update({key: float(value) for key, value in values.items()})
+
+    @property
+    def skipped(self) -> bool:
+        """Whether `optimizer.step()` changed nothing in this step, because gradients were not finite on some rank."""
+        return bool(self._watch.skipped)
 
     def _even(self, objects: Iterable[Any]) -> bool:
         """Whether all ranks take equal shares of a step, in one pass each."""
@@ -259,9 +268,13 @@ class Context:
         ranges = tuple((piece.first, piece.last) for piece, _ in used)
         witness = elastic.witness([index for _, chosen in used for index in chosen])
         logs, self._logs = self._logs, {}
-        record = StepRecord(self._a.attempt, step, self._a.rank, self._a.world, ranges, witness, took_s, logs)
+        record = StepRecord(self._a.attempt, step, self._a.rank, self._a.world, ranges, witness, took_s, logs,
+                            self._watch.skipped, self._watch.state_hash(step))  # fmt: skip
         self._window = [*self._window[-RECORD_WINDOW + 1 :], record]
         self._link.step(record, time.time())
+        if record.skipped and record.rank == 0:
+            fields: dict[str, object] = {"step": step, "attempt": record.attempt, "why": record.skipped}
+            self._link.record(Noted(time.time(), "step.skipped", fields))
 
     # -- saving
 
@@ -312,6 +325,7 @@ class Context:
 
     def close(self, error: BaseException | None = None) -> None:
         """`train` is over, or raised `error`: the save under way is handed over or given up, optimizers are let go."""
+        self._watch.close()
         self._fence.close(failed=error is not None, cut_off=error is not None and is_collective_error(error))
 
     def _name_and_term(self, place: Where) -> tuple[str, int]:
@@ -329,7 +343,7 @@ class Context:
     def _opened(self, data: Data) -> DataOpened:
         order = data.order
         return DataOpened(time.time(), self._a.attempt, order.length, data.global_batch, data.micro_batches or 0,
-                          order.seed, order.shuffle)  # fmt: skip
+                          order.seed, order.shuffle, order.left_out)  # fmt: skip
 
     def evaluating(self) -> contextlib.AbstractContextManager[None]:
         """`with ctx.evaluating():` around what takes much longer than a step usually does, as an evaluation or an export:
