@@ -52,11 +52,12 @@ class Detection:
     """One job's detectors.
 
     shadow   names of detectors that are on trial: their findings are marked, so that nobody acts on them
+    more     detectors besides the usual ones
     Raises ConfigError for a name that no detector has.
     """
 
-    def __init__(self, *, shadow: Collection[str] = ()) -> None:
-        self._detectors: Sequence[Detector] = tuple(detector() for detector in DETECTORS)
+    def __init__(self, *, shadow: Collection[str] = (), more: Iterable[Detector] = ()) -> None:
+        self._detectors: Sequence[Detector] = (*(detector() for detector in DETECTORS), *more)
         names = [detector.name for detector in self._detectors]
         unknown = sorted(set(shadow) - set(names))
         if unknown:
