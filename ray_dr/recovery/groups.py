@@ -21,6 +21,7 @@ from ray_dr.model.recovery import (
     Suspended,
 )
 from ray_dr.recovery.fleet import are_full, ranked, ready_workers, usable_nodes
+from ray_dr.recovery.quarantine import settled
 from ray_dr.recovery.words import count
 
 
@@ -95,4 +96,5 @@ def form(state: State, restore: VersionId | None, at: float) -> Decision:
     source = f"step {restore.step} of attempt {restore.attempt}" if restore else "scratch"
     size = f"{count(len(group.members), 'worker')} on {count(usable_nodes(state), 'node')}"
     after = replace(answered(state), phase=Starting(group, at), attempt=group.attempt, order=group.members, done=())
+    after = replace(after, rollbacks=settled(state.rollbacks, restore)) if state.rollbacks else after
     return Decision(after, (FormGroup(group),), f"attempt {group.attempt} begins with {size} from {source}")

@@ -6,9 +6,10 @@ The numbers are those of the architecture's list of invariants.
 from __future__ import annotations
 
 from ray_dr.model.actions import AbortGroup, CloseJob, Decision, FormGroup, StopGroup
-from ray_dr.model.events import Event
+from ray_dr.model.events import Event, Opened
 from ray_dr.model.recovery import Failed, Finished, Policy, Recovering, Resizing, Starting, State
 from ray_dr.recovery.fleet import ready_workers
+from ray_dr.recovery.quarantine import usable
 
 
 def check(before: State, event: Event, decision: Decision, policy: Policy, *, walk: bool = True) -> None:
@@ -25,6 +26,9 @@ def check(before: State, event: Event, decision: Decision, policy: Policy, *, wa
         ready = ready_workers(after)
         assert len(set(ready)) == len(ready), "a worker is on one node"
     assert after.failures <= policy.attempts_without_progress or isinstance(after.phase, Failed), "I12: bounded"
+    assert len(after.rollbacks) >= len(before.rollbacks), "what went wrong is never forgotten"
+    again = sum(back.diverged for back in after.rollbacks)
+    assert again <= max(policy.rollbacks, sum(back.diverged for back in before.rollbacks)) or isinstance(event, Opened), "bounded"
     _check_quiet(before, decision, walk=walk)
     _check_groups(before, decision, policy)
     _check_end(before, decision)
@@ -60,6 +64,9 @@ def _check_groups(before: State, decision: Decision, policy: Policy) -> None:
             moved = len(group.members) < len(before.order) or worker not in group.members
             assert moved or group.members[place] == worker, "a survivor keeps its rank while there are ranks enough"
         assert not _still_inside(before) - _left(decision, before), "I8: nobody is in two groups"
+        fit = group.restore is None or usable(group.restore, decision.state.rollbacks)
+        assert fit, "nothing goes on from what was saved after training went wrong"
+        assert all(back.base is not None for back in decision.state.rollbacks), "what is left out is known"
     for action in decision.actions:
         if isinstance(action, AbortGroup | StopGroup):
             assert action.attempt <= before.attempt or action.attempt == decision.state.attempt, "a group that exists"

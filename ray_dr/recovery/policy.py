@@ -18,4 +18,5 @@ def policy_of(job: Job) -> Policy:
         start_s=recovery.start_s,
         settle_s=recovery.settle_s,
         attempts_without_progress=recovery.attempts_without_progress,
+        rollbacks=job.health.rollbacks,
     )

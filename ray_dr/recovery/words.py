@@ -41,4 +41,8 @@ def describe(incident: Incident) -> str:
             what = f"{subject}: {detail}"
         case FailureKind.HANG:
             what = f"worker {subject} does not get on ({detail})"
+        case FailureKind.DIVERGED:
+            what = f"training went wrong: {detail}"
+        case FailureKind.CORRUPTION:
+            what = f"replicas differ: {detail}"
     return f"{what} at step {incident.step}"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from ray_dr.model.checkpoint import VersionId
 from ray_dr.model.recovery import Group, Running
+from ray_dr.recovery.quarantine import usable
 from ray_dr.simulator.breach import must
 from ray_dr.simulator.things import Agent, Worker
 from ray_dr.simulator.training import Doing
@@ -28,6 +29,8 @@ def attempt_begins(world: World, host: Supervisor, group: Group) -> None:
     _is_new(world, group.attempt)
     restore, found = group.restore, world.version(group.restore)
     there = restore in host.stored or (found is not None and found.available(agents, world.clock.now + EVER_S))
+    fit = restore is None or usable(restore, host.state.rollbacks)
+    must(fit, f"{restore} was saved after training went wrong")
     must(restore is None or there, f"the version to restore, {restore}, is nowhere")
     _keeps_word(world, host, restore, agents)
     world.tally.begins(group, world.run, world.clock.now)
