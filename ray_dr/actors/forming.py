@@ -20,6 +20,7 @@ from ray_dr.model.journal import Marked, Where
 from ray_dr.model.recovery import Group
 from ray_dr.recovery.groups import group_of
 from ray_dr.recovery.plan import choose_version, copies
+from ray_dr.recovery.quarantine import usable, windows
 from ray_dr.recovery.replicas import Domain, replicas
 from ray_dr.telemetry.tiers import COPIES_KEPT
 
@@ -82,10 +83,13 @@ class Forming:
         """Tell the machine the newest version that can be restored."""
         held = self._held()
         stored = [manifest.version for manifest in self._host.saves.stored]
+        rollbacks = self._host.state.rollbacks
+        stored = [version for version in stored if usable(version, rollbacks)]
         good = [version for version in stored if version not in self.unreadable]
-        newest = choose_version([item for item in held if item.version not in self.unreadable], good[-1] if good else None)
+        fit = [item for item in held if item.version not in self.unreadable]
+        newest = choose_version(fit, good[-1] if good else None, rollbacks)
         if newest is None:  # never from scratch while there is a version: trying an unreadable one again says what is wrong
-            newest = choose_version(held, stored[-1] if stored else None)
+            newest = choose_version(held, stored[-1] if stored else None, rollbacks)
         self._host.post(InventoryTaken(time.time(), incident, newest, ask))
 
     def form(self, group: Group) -> None:
@@ -150,6 +154,9 @@ class Forming:
         self._on_disk = self._disk()
         keepers = replicas({node: agent.domain for node, agent in agents.items()}, self._job.memory.copies)
         self.peers = max(map(len, keepers.values()), default=0)
+        left_out = windows(host.state.rollbacks)
+        if left_out and not host.journal.flush(JOURNAL_S):
+            host.note("journal.lagging", what="a supervisor that followed now would not know which samples are left out")
         host.note(COPIES_KEPT, attempt=group.attempt, peers=self.peers, keepers={node: list(on) for node, on in keepers.items()})
         out = []
         for rank, ref in enumerate(refs):
@@ -162,6 +169,7 @@ class Forming:
                     self._job.backend, self._job.deterministic, self._job.seed, w.nodes_max * w.per_node,
                     self._job.store.url, dict(self._job.settings), self.terms(), self._on_disk,
                     self._job.second.url if self._job.second else "", sum(other.node == ref.node for other in refs),
+                    left_out, self._job.health,
                 )
             )  # fmt: skip
         return out

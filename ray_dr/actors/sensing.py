@@ -11,6 +11,7 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from ray_dr.actors.health import Vigil
 from ray_dr.detection.detectors import Detection
 from ray_dr.model import codec
 from ray_dr.model.checkpoint import StepRecord
@@ -47,7 +48,8 @@ class Senses:
 
     def __init__(self, host: Host) -> None:
         self._host = host
-        self._detection = Detection()
+        self.vigil = Vigil(host)
+        self._detection = Detection(more=self.vigil.detectors())
         self._group: Formed | None = None
         self._at = 0.0
         self._nodes: dict[str, str] = {}
@@ -68,8 +70,11 @@ class Senses:
         """A rank has done a step."""
         loss, grad_norm = record.logs.get("loss"), record.logs.get("grad_norm")
         finite = all(math.isfinite(value) for value in (loss, grad_norm) if value is not None)
+        shard, _, digest = record.state_hash.rpartition(":")
+        self.vigil.stepped(record)
         self._take(StepDone(self._at, record.rank, record.attempt, record.step, record.took_s, loss=loss,
-                            grad_norm=grad_norm, finite=finite))  # fmt: skip
+                            grad_norm=grad_norm, finite=finite and not record.skipped, digest=digest, shard=shard,
+                            skipped=record.skipped))  # fmt: skip
 
     def raised(self, event: WorkerRaised) -> None:
         """`train` left by an exception on a rank."""
@@ -85,11 +90,13 @@ class Senses:
 
     def formed(self, group: Group) -> None:
         """An attempt begins."""
+        self.vigil.formed(group)
         members = tuple(Member(rank, worker) for rank, worker in enumerate(group.members))
         self._form(Formed(self._now(), group.attempt, members))
 
     def broken(self, attempt: int) -> None:
         """The group is no more."""
+        self.vigil.formed(None)
         self._form(Formed(self._now(), attempt, ()))
 
     def _form(self, formed: Formed) -> None:
@@ -118,7 +125,7 @@ class Senses:
             found = self._detection.observe(sample)
         except Exception as error:  # a supervisor that ended of it would hear the same again, and end again
             self._host.note("detection.failed", error=repr(error), sample=type(sample).__name__)
-            self._detection, found = Detection(), ()
+            self._detection, found = Detection(more=self.vigil.detectors()), ()
             if self._group is not None and sample is not self._group:
                 self._take(replace(self._group, at=self._at))
         for finding in found:
@@ -128,6 +135,7 @@ class Senses:
             self._act(finding)
 
     def _act(self, finding: Finding) -> None:
+        self.vigil.found(finding)
         match finding.kind:
             case FaultKind.NODE_FROZEN if finding.stage == "confirmed" and not finding.shadow:
                 for subject in finding.subjects:

@@ -14,6 +14,7 @@ from ray_dr.actors.sensing import Senses, short
 from ray_dr.model import codec
 from ray_dr.model.checkpoint import StepRecord
 from ray_dr.model.events import Event, Hung
+from ray_dr.model.job import Health
 from ray_dr.model.recovery import Group
 from ray_dr.model.signal import Beacon, WorkerPhase
 
@@ -36,7 +37,7 @@ class Stage:
 
     def __post_init__(self) -> None:
         self.group = Group(1, WORKERS, None)
-        self.job = SimpleNamespace(recovery=SimpleNamespace(hang_s=self.hang_s))
+        self.job = SimpleNamespace(recovery=SimpleNamespace(hang_s=self.hang_s), health=Health())
         self.progress = self
         self.perform = SimpleNamespace(lose_node=lambda node, how: self.lost.append((node, how)))
         self.senses = Senses(self)  # type: ignore[arg-type]
