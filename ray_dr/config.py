@@ -20,6 +20,7 @@
     rpo: 2m                             # work that may be lost with all nodes; none is promised without
     overhead: 1%                        # of a step, for memory checkpoints with `every: auto`
     backend: auto                       # or gloo, nccl
+    health: {non_finite: skip, skips_in_a_row: 5, spike: rollback, rollbacks: 3, check_every: 100}
     settings: {lr: 3e-4}                # the program's own, as ctx.settings
 
 Whatever cannot hold is a ConfigError with file, line, key and remedy; nothing else is ever raised. A relative path is
@@ -43,6 +44,7 @@ from ray_dr.model.job import (
     Detecting,
     DiskTier,
     Every,
+    Health,
     Job,
     Keep,
     MemoryTier,
@@ -58,7 +60,7 @@ T = TypeVar("T")
 STORE_VARIABLE = "RAY_DR_STORE"
 JOB_KEYS = (
     "job", "store", "workers", "checkpoint", "recovery", "deterministic", "seed", "overhead", "rpo", "settings", "backend",
-    "detection",
+    "detection", "health",
 )  # fmt: skip
 WORKER_KEYS = (
     "nodes", "min_nodes_to_run", "per_node", "gpus_per_node", "cpus_per_worker", "standby_nodes", "standby_processes",
@@ -66,6 +68,8 @@ WORKER_KEYS = (
 RECOVERY_KEYS = ("unwind", "start", "settle", "silent", "hang", "attempts_without_progress", "notices")
 DETECTION_KEYS = ("shadow", "off", "preflight")
 NOTICES_VARIABLE = "RAY_DR_NOTICES"
+HEALTH_KEYS = ("non_finite", "skips_in_a_row", "spike", "rollbacks", "check_every")
+HEALTH_WAYS = (("non_finite", ("skip", "stop", "ignore")), ("spike", ("rollback", "ignore")))
 STORE_TIER_KEYS = ("kind", "url", "path", "every", "keep", "share_with")
 KEEP_KEYS = ("last", "hourly", "daily", "weekly", "within")
 TIER_KINDS = ("memory", "file", "disk", "s3", "store")
@@ -177,6 +181,7 @@ def _parse(text: str, file: str) -> tuple[Job, Place]:
         settings=_one(keys, "settings", _settings, {}),
         backend=_one(keys, "backend", lambda setting: _backend(setting, workers), "auto"),
         detection=_one(keys, "detection", _detection, Detecting()),
+        health=_one(keys, "health", _health, Health()),
     )
     return job, store_place
 
@@ -289,6 +294,21 @@ def _notices(text: str, fail: Callable[[str, str], NoReturn]) -> tuple[str, ...]
         if not _NOTICE.fullmatch(part):
             fail(f"{short(part)} gives no notices", "write off, aws, gcp, azure, or file:/path, several with commas between")
     return given
+
+
+def _health(setting: Setting) -> Health:
+    keys, standard = setting.sections(HEALTH_KEYS), Health()
+    non_finite, spike = (keys[name].choice(allowed) if name in keys else getattr(standard, name) for name, allowed in HEALTH_WAYS)
+    found = Health(
+        cast(Literal["skip", "stop", "ignore"], non_finite),
+        _one(keys, "skips_in_a_row", lambda value: value.whole(1, 1_000_000), standard.skips_in_a_row),
+        cast(Literal["rollback", "ignore"], spike),
+        _one(keys, "rollbacks", lambda value: value.whole(0, 1000), standard.rollbacks),
+        _one(keys, "check_every", lambda value: value.whole(0, 1_000_000_000), standard.check_every),
+    )
+    if "skips_in_a_row" in keys and found.non_finite != "skip":
+        keys["skips_in_a_row"].fail(f"no step is skipped with non_finite: {found.non_finite}", "remove it, or write skip")
+    return found
 
 
 def _overhead(setting: Setting) -> float:

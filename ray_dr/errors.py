@@ -17,6 +17,7 @@
     │   ├── IncompatibleState  names, shapes or dtypes differ: carries the list of differences
     │   ├── UnsupportedState   a state_dict holds something that cannot be stored without pickle
     │   └── NoCheckpoint       nothing to restore from
+    ├── NonFinite              training met numbers that are not finite, and the job is not to go on with that
     ├── Fenced                 a supervisor of a newer term owns the job
     ├── StillAlive             somebody wants to resume a job whose supervisor lives
     ├── JobFailed              the job ended in failure: carries the root cause and whether resubmitting can help
@@ -117,6 +118,10 @@ class UnsupportedState(CheckpointError):
 
 class NoCheckpoint(CheckpointError):
     """There is nothing to restore from."""
+
+
+class NonFinite(RayDrError):
+    """Gradients, or a number that the program logged, are not finite, and the job says to stop then."""
 
 
 class Fenced(RayDrError):

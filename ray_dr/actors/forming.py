@@ -21,6 +21,7 @@ from ray_dr.model.recovery import Group
 from ray_dr.recovery import standbys
 from ray_dr.recovery.groups import group_of
 from ray_dr.recovery.plan import choose_version, copies, stays_behind
+from ray_dr.recovery.quarantine import usable, windows
 from ray_dr.recovery.replicas import Domain
 from ray_dr.telemetry.tiers import COPIES_KEPT
 
@@ -88,10 +89,13 @@ class Forming:
         """Tell the machine the newest version that can be restored."""
         held = self._held()
         stored = [manifest.version for manifest in self._host.saves.stored]
+        rollbacks = self._host.state.rollbacks
+        stored = [version for version in stored if usable(version, rollbacks)]
         good = [version for version in stored if version not in self.unreadable]
-        newest = choose_version([item for item in held if item.version not in self.unreadable], good[-1] if good else None)
+        fit = [item for item in held if item.version not in self.unreadable]
+        newest = choose_version(fit, good[-1] if good else None, rollbacks)
         if newest is None:  # never from scratch while there is a version: trying an unreadable one again says what is wrong
-            newest = choose_version(held, stored[-1] if stored else None)
+            newest = choose_version(held, stored[-1] if stored else None, rollbacks)
         self._host.post(InventoryTaken(time.time(), incident, newest, ask))
 
     def form(self, group: Group) -> None:
@@ -163,6 +167,10 @@ class Forming:
         agents = dict(self._agents)  # nodes come and go meanwhile
         self._on_disk = self._disk()
         keepers = self._keepers(group, refs, agents)
+        left_out = windows(self._host.state.rollbacks)
+        if left_out and not self._host.journal.flush(JOURNAL_S):
+            what = "a supervisor that followed now would not know which samples are left out"
+            self._host.note("journal.lagging", what=what)
         out = []
         for rank, ref in enumerate(refs):
             local = seen[ref.node] = seen.get(ref.node, -1) + 1
@@ -174,6 +182,7 @@ class Forming:
                     self._job.backend, self._job.deterministic, self._job.seed, w.nodes_max * w.per_node,
                     self._job.store.url, dict(self._job.settings), self.terms(), self._on_disk,
                     self._job.second.url if self._job.second else "", sum(other.node == ref.node for other in refs),
+                    left_out, self._job.health,
                 )
             )  # fmt: skip
         return out

@@ -64,7 +64,7 @@ from ray_dr.recovery.groups import group_of
 from ray_dr.recovery.machine import initial, step
 from ray_dr.recovery.policy import policy_of
 from ray_dr.stores.unconditional import GUARANTEE
-from ray_dr.telemetry.journal import Journal, last_attempt
+from ray_dr.telemetry.journal import Journal, last_known
 from ray_dr.telemetry.live import Live
 
 TICK_S = 0.1
@@ -108,6 +108,7 @@ class Host:
         self.perform = Performer(self, train, token)
         self._tuning = Tuning(self)
         self._senses = Senses(self)
+        self.vigil = self._senses.vigil
         self._live = Live(self.store, job.name, self.term, clock=time.time)
         self._keeping = Keeping(self, train)
         self.saves = Saves(self, first, owner)
@@ -244,11 +245,11 @@ class Host:
         self._keeping.start()
         if not self.store.traits.conditional_put:
             self.note("store.weaker", store=self.store.url, guarantee=GUARANTEE)
-        attempt = last_attempt(self.store, self.job.name)
+        attempt, rollbacks = last_known(self.store, self.job.name)
         attempt = max([attempt, *(manifest.version.attempt for manifest in self.saves.stored)])
         self._tuning.recall()
         found = self.perform.find_living()
-        self.decide(Opened(time.time(), self.term, max(attempt, found.attempt)))
+        self.decide(Opened(time.time(), self.term, max(attempt, found.attempt), rollbacks))
         for event in found.events:
             self.decide(event)
         if found.group is not None:

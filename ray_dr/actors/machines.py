@@ -80,6 +80,14 @@ class Machines:
         if incident is not None and (self._open is None or self._open[0] != incident):
             self._open = incident, node_of(incident, state)
 
+    def suspect(self, node: str, kind: FaultKind, detail: str, share: float) -> None:
+        """Something is held against a Ray node's machine that is no incident of its own: a share of the blame."""
+        at = time.time()
+        charge = Charge(self._names.get(node, machine_name(node)), kind, at, self._host.job.name,
+                        f"{self._host.term}.{kind}.{int(at * 1000)}", detail[:DETAIL_CHARS], share)  # fmt: skip
+        self._mine.append(charge)
+        self._tell(charge)
+
     def lost(self, node: str) -> None:
         """A Ray node was lost or given back: while another fits, its machine is not taken again."""
         self._lost_at[self._names.get(node, node)] = time.monotonic()

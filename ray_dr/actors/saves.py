@@ -19,6 +19,7 @@ from ray_dr.model.events import FencedOff, Saved
 from ray_dr.model.job import StoreTier
 from ray_dr.model.journal import PartSaved, VersionSaved, Where
 from ray_dr.recovery.groups import group_of
+from ray_dr.recovery.quarantine import usable
 from ray_dr.telemetry.tiers import Completeness
 
 if TYPE_CHECKING:
@@ -127,6 +128,8 @@ class Saves:
 
     def _version_complete(self, version: VersionId, where: Where, world: int) -> None:
         depot = self.depots.get(where)
+        if depot is not None and not usable(version, self._host.state.rollbacks):
+            return
         if depot is not None:
             manifest = depot.manifest(version, world, version.step * self.global_batch)
             if manifest is None:
@@ -139,7 +142,9 @@ class Saves:
             self._host.perform.tell_kept_on_disk(self.complete.complete(where)[: self._host.job.disk.keep_last])
         elif where is Where.PEER or not self._host.perform.forming.peers:
             group = group_of(self._host.state)
-            if group is not None and (group.attempt == version.attempt or group.restore == version):
+            if self._host.vigil.doubts(version):
+                self._host.perform.tell_abandoned(version, self.complete.nodes(version, Where.MEMORY))
+            elif group is not None and (group.attempt == version.attempt or group.restore == version):
                 # Else nobody may let go of what was found.
                 self._host.perform.tell_completed(version)
 
@@ -156,7 +161,8 @@ class Saves:
         else:
             self._host.committed(Committed(where, manifest))
             depot.log.mark()
-            self._host.perform.prune(where)
+            if not self._host.vigil.holds(depot.after(manifest)):
+                self._host.perform.prune(where)
 
     def committed(self, done: Committed) -> None:
         """A committing thread is through."""
@@ -164,7 +170,10 @@ class Saves:
         if done.refused:  # a final save is put again, and then tried again
             self.complete = self.complete.forget(version, where)
             return
-        self.depots[where].committed(manifest)
+        depot = self.depots[where]
+        depot.committed(manifest, held=self._host.vigil.holds(depot.after(manifest)))
+        if not usable(version, self._host.state.rollbacks):  # it was on its way when that was found out
+            self._host.perform.give_up(version)
         self._host.journal.append(VersionSaved(time.time(), version, where, self._sizes.get(version, 0)))
         if self._host.perform.final == version and all(depot.refs(version) for depot in self.depots.values()):
             self._host.decide(Saved(time.time(), version.attempt, version.step))

@@ -11,6 +11,7 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from ray_dr.actors.health import Vigil
 from ray_dr.detection.detectors import Detection
 from ray_dr.model import codec
 from ray_dr.model.checkpoint import StepRecord
@@ -53,6 +54,7 @@ class Senses:
 
     def __init__(self, host: Host) -> None:
         self._host = host
+        self.vigil = Vigil(host)
         self._detection = self._begin()
         self._group: Formed | None = None
         self._at = 0.0
@@ -81,8 +83,11 @@ class Senses:
         """A rank has done a step."""
         loss, grad_norm = record.logs.get("loss"), record.logs.get("grad_norm")
         finite = all(math.isfinite(value) for value in (loss, grad_norm) if value is not None)
-        self._take(StepDone(self._at, record.rank, record.attempt, record.step, record.took_s, record.arrived_s,
-                            loss=loss, grad_norm=grad_norm, finite=finite))  # fmt: skip
+        shard, _, digest = record.state_hash.rpartition(":")
+        self.vigil.stepped(record)
+        self._take(StepDone(self._at, record.rank, record.attempt, record.step, record.took_s, record.arrived_s, loss=loss,
+                            grad_norm=grad_norm, finite=finite and not record.skipped, digest=digest, shard=shard,
+                            skipped=record.skipped))  # fmt: skip
 
     def raised(self, event: WorkerRaised) -> None:
         """`train` left by an exception on a rank."""
@@ -102,11 +107,13 @@ class Senses:
 
     def formed(self, group: Group) -> None:
         """An attempt begins."""
+        self.vigil.formed(group)
         members = tuple(Member(rank, worker) for rank, worker in enumerate(group.members))
         self._form(Formed(self._now(), group.attempt, members))
 
     def broken(self, attempt: int) -> None:
         """The group is no more."""
+        self.vigil.formed(None)
         self._form(Formed(self._now(), attempt, ()))
 
     def _form(self, formed: Formed) -> None:
@@ -122,7 +129,8 @@ class Senses:
             self._end_hang(now)
 
     def _begin(self) -> Detection:
-        return Detection(shadow=self._host.job.detection.shadow, off=self._host.job.detection.off)
+        asked = self._host.job.detection
+        return Detection(shadow=asked.shadow, off=asked.off, more=self.vigil.detectors())
 
     def _name(self, node: str) -> str:
         name = short(node)
@@ -148,6 +156,7 @@ class Senses:
             self._act(finding)
 
     def _act(self, finding: Finding) -> None:
+        self.vigil.found(finding)
         match finding.kind:
             case FaultKind.NODE_FROZEN if finding.stage == "confirmed" and not finding.shadow:
                 for subject in finding.subjects:

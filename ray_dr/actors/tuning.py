@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 from ray_dr.checkpoint.failures import COUNTED, count_losses
 from ray_dr.errors import StoreError
+from ray_dr.model.codec import to_json
 from ray_dr.model.journal import Noted, Record
 from ray_dr.model.recovery import Group
-from ray_dr.telemetry.journal import ATTEMPTS, read_tail
+from ray_dr.telemetry.journal import ATTEMPTS, ROLLBACKS, read_tail
 
 if TYPE_CHECKING:
     from ray_dr.actors.host import Host
@@ -71,7 +72,8 @@ class Tuning:
         losses.until(time.time())
         if self._recalled and now - self._counted_at > COUNT_S and (fields := losses.note()) is not None:
             self._counted_at = now
-            self._host.note(COUNTED, **fields, **{ATTEMPTS: self._host.state.attempt})
+            self._host.note(COUNTED, **fields, **{ATTEMPTS: self._host.state.attempt},
+                            **{ROLLBACKS: to_json(self._host.state.rollbacks)})  # fmt: skip
 
     def _recall(self) -> None:
         host = self._host

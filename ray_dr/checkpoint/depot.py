@@ -46,9 +46,13 @@ class Depot:
         refs = tuple(parts[rank] for rank in sorted(parts))
         return Manifest(1, self.job, self.term, version, world, position, refs, time.time())
 
-    def committed(self, manifest: Manifest) -> None:
-        """It exists."""
-        self.stored = (*self.stored, manifest)[-self.tier.keep_last :]
+    def after(self, manifest: Manifest) -> tuple[VersionId, ...]:
+        """The newest versions, which retention leaves in any case, once this one is there."""
+        return tuple(known.version for known in (*self.stored, manifest)[-self.tier.keep_last :])
+
+    def committed(self, manifest: Manifest, *, held: bool = False) -> None:
+        """It exists. `held`: retention waits, so that older ones do as well."""
+        self.stored = (*self.stored, manifest)[0 if held else -self.tier.keep_last :]
 
     def prune(self) -> None:
         """Apply the tier's retention. Raises StoreError, CheckpointError, Fenced."""

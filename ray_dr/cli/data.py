@@ -41,6 +41,8 @@ def describe(report: DataReport) -> str:
         [
             ("steps", f"{report.steps:,} of {report.global_batch} samples each"),
             ("samples used", f"{report.used:,} ({epochs})"),
+            *([("skipped", report.skipped)] if report.skipped else []),
+            *([("quarantined", report.quarantined)] if report.quarantined else []),
             ("lost", report.lost),
             ("repeated", report.repeated),
             ("unwitnessed", report.unwitnessed),

@@ -233,10 +233,14 @@ def happened(account: Account) -> str:
             return f"{who} stopped getting on"
         case K.STRAGGLER:
             return f"{who} was slower than the others"
+        case K.NON_FINITE if not diagnosis.subjects:
+            return "training met numbers that are not finite, step after step"
         case K.NON_FINITE:
             return f"{who} had numbers that are not finite"
         case K.LOSS_SPIKE:
-            return "the loss jumped"
+            return "the loss jumped, and did not come back"
+        case K.CORRUPTION if incident.kind is FailureKind.CORRUPTION and "/" not in incident.subject:
+            return f"replicas came to differ, and nobody can tell which is wrong: {who}"
         case K.CORRUPTION:
             return f"{who} held wrong parameters"
         case K.STORAGE:
@@ -298,6 +302,8 @@ def _lost(account: Account) -> Iterator[str]:
         yield f"{text}; samples lost: {samples.lost}, used twice: {samples.repeated} (see ray-dr data verify)"
     elif samples.pending:
         yield f"{text}; of {samples.pending} samples the journal does not show yet that they were used"
+    elif account.report.incident.kind is FailureKind.DIVERGED:
+        yield f"{text}, with the samples that come behind: those that led there are left out (see ray-dr data verify)"
     else:
         yield f"{text}, with the same samples: none lost, none used twice"
 

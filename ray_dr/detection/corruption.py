@@ -33,10 +33,10 @@ class Corruption:
             case Formed():
                 self._formed, self._told = sample, set()
             case WholeStep(ranks=ranks) if self._formed is not None and any(done.digest for done in ranks):
-                shards: dict[int, dict[int, str]] = {}
+                shards: dict[tuple[int, str], dict[int, str]] = {}
                 for member, done in zip(self._formed.members, ranks, strict=True):
                     if done.digest:
-                        shards.setdefault(member.shard, {})[done.rank] = done.digest
+                        shards.setdefault((member.shard, done.shard), {})[done.rank] = done.digest
                 for digests in shards.values():
                     yield from self._compare(digests, sample, self._formed)
 

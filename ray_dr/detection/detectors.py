@@ -53,11 +53,12 @@ class Detection:
 
     shadow   names of detectors that are on trial: their findings are marked, so that nobody acts on them
     off      names of detectors that are not asked
+    more     detectors besides the usual ones
     Raises ConfigError for a name that no detector has.
     """
 
-    def __init__(self, *, shadow: Collection[str] = (), off: Collection[str] = ()) -> None:
-        everyone: Sequence[Detector] = tuple(detector() for detector in DETECTORS)
+    def __init__(self, *, shadow: Collection[str] = (), off: Collection[str] = (), more: Iterable[Detector] = ()) -> None:
+        everyone: Sequence[Detector] = (*(detector() for detector in DETECTORS), *more)
         names = [detector.name for detector in everyone]
         for key, given in (("detection.shadow", shadow), ("detection.off", off)):
             unknown = sorted(set(given) - set(names))

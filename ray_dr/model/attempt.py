@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ray_dr.model.checkpoint import PartRef, VersionId
+from ray_dr.model.job import Health
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,7 @@ class Assignment:
     second_url    the second store; empty without one
     world_most    the most workers the job can ever have: the default number of micro-batches when deterministic
     local_world   how many of the attempt's workers are on this one's node
+    left_out      windows of the sample stream that are quarantined (`model.data.Order`)
     """
 
     job: str
@@ -72,6 +74,8 @@ class Assignment:
     disk: tuple[str, ...] = ()
     second_url: str = ""
     local_world: int = 1
+    left_out: tuple[tuple[int, int], ...] = ()
+    health: Health = field(default_factory=Health)
 
     @property
     def origin_wanting(self) -> bool:

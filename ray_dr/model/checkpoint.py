@@ -66,7 +66,8 @@ class Chunk:
 class StepRecord:
     """What one rank did in one step: the samples it used and what it logged.
 
-    ranges   half-open runs [first, last) of positions in the job's global sample stream, in the order used
+    ranges   half-open runs [first, last) of places in the job's global sample stream, in the order used; windows that are
+             left out (`model.data`) have no places
     digest   hex BLAKE2b-8 over the dataset indices handed to the program, 8 bytes little-endian each
     took_s   seconds between this step's start and its end on this rank
     arrived_s   seconds from its start until this rank had all gradients of its own, and had but to wait for the others'; None:
@@ -82,6 +83,11 @@ class StepRecord:
     took_s: float
     logs: dict[str, float] = field(default_factory=dict)
     arrived_s: float | None = None
+    skipped: str = ""
+    """Why the optimizers' step was skipped on all ranks, so that these samples taught nothing; empty: it was not. "state":
+    what forward computes along (statistics of a batch norm) is spoilt as well."""
+    state_hash: str = ""
+    """`<shard>:<hash>` of the parameters after the step (`train.parameter_hash`); empty where none was due."""
 
 
 @dataclass(frozen=True, slots=True, order=True)

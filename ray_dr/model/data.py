@@ -3,13 +3,17 @@
 The sample stream has positions 0, 1, 2, ...; position p is sample `permute(p % n)` of epoch `p // n`. A step always
 takes the next `global_batch` positions, at any world size: so the position after a step is one integer, and nothing
 depends on how many ranks there were.
+
+Windows of the stream can be *left out*, because training went wrong on them. What is left is numbered through: *place* k is
+the k-th position that no window holds. Steps, slices and seeds go by places, as if the windows had never been there; only
+where a sample is looked up do places become positions. Without windows they are the same.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 FEISTEL_ROUNDS = 6
@@ -17,21 +21,69 @@ TABLE_BITS = 12
 """Halves of up to this many bits have their rounds tabulated: 6 * 4096 numbers for 16 million samples."""
 
 
+Windows = tuple[tuple[int, int], ...]
+"""Half-open runs [first, last) of positions, in order, of which no two touch."""
+
+
+def joined(windows: Iterable[tuple[int, int]]) -> Windows:
+    """The windows as one: in order, empty ones left out, those that overlap or touch made one."""
+    found: list[tuple[int, int]] = []
+    for first, last in sorted(window for window in windows if window[0] < window[1]):
+        if found and first <= found[-1][1]:
+            found[-1] = found[-1][0], max(last, found[-1][1])
+        else:
+            found.append((first, last))
+    return tuple(found)
+
+
+def position_of(place: int, windows: Windows) -> int:
+    """Where in the stream a place is."""
+    for first, last in windows:
+        if place < first:
+            break
+        place += last - first
+    return place
+
+
+def leave_out(windows: Windows, first: int, last: int) -> Windows:
+    """The windows when places [first, last), as they are with those, are left out as well."""
+    if first >= last:
+        return windows
+    return joined((*windows, (position_of(first, windows), position_of(last - 1, windows) + 1)))
+
+
 @dataclass(frozen=True, slots=True)
 class Order:
-    """A fixed pseudo-random order of `length` samples, a new one each epoch. `shuffle=False` is the identity."""
+    """A fixed pseudo-random order of `length` samples, a new one each epoch. `shuffle=False` is the identity. `left_out`: see
+    above; a sample that is left out in one epoch comes again in the next, at its place there."""
 
     length: int
     seed: int
     shuffle: bool = True
+    left_out: Windows = ()
 
-    def index(self, position: int) -> int:
-        """Dataset index of the sample at `position` of the stream."""
-        epoch, offset = divmod(position, self.length)
+    def index(self, place: int) -> int:
+        """Dataset index of the sample at a place."""
+        epoch, offset = divmod(position_of(place, self.left_out), self.length)
         return permute(offset, self.length, self.seed, epoch) if self.shuffle else offset
 
     def indices(self, first: int, last: int) -> list[int]:
-        """Dataset indices of positions [first, last): `index` of each, faster for up to 16 million samples."""
+        """Dataset indices of places [first, last): `index` of each, faster for up to 16 million samples."""
+        found: list[int] = []
+        for start, end in self._runs(first, last):
+            found.extend(self._indices(start, end))
+        return found
+
+    def _runs(self, first: int, last: int) -> Iterator[tuple[int, int]]:
+        """Places [first, last) as runs of positions."""
+        while first < last:
+            start = position_of(first, self.left_out)
+            ends = next((window[0] for window in self.left_out if window[0] > start), start + last - first)
+            count = min(last - first, ends - start)
+            yield start, start + count
+            first += count
+
+    def _indices(self, first: int, last: int) -> list[int]:
         found: list[int] = []
         while first < last:
             epoch, offset = divmod(first, self.length)
@@ -44,7 +96,7 @@ class Order:
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """Positions [first, last) that one rank uses in one pass. `weight` is their share of the global batch (0..1);
+    """Places [first, last) that one rank uses in one pass. `weight` is their share of the global batch (0..1);
     a pass with weight 0 is padding that keeps all ranks in the same number of collectives."""
 
     first: int

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from ray_dr.model.checkpoint import VersionId
 from ray_dr.model.departure import Rates
-from ray_dr.model.recovery import Group
+from ray_dr.model.recovery import Group, Rollback
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +16,7 @@ class Opened:
     at: float
     term: int
     attempt: int
+    rollbacks: tuple[Rollback, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +76,31 @@ class Hung:
 
     at: float
     attempt: int
+    workers: tuple[str, ...]
+    how: str
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class Diverged:
+    """Training went wrong at step `onset` and did not come back up to `step`, the last done. `batch`: samples per step that
+    are ray_dr's to leave out, 0: none."""
+
+    at: float
+    attempt: int
+    onset: int
+    how: str
+    step: int
+    batch: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Corrupted:
+    """Replicas differ, and were the same after step `good`. `workers`: those that are wrong; none: nobody can tell which."""
+
+    at: float
+    attempt: int
+    good: int
     workers: tuple[str, ...]
     how: str
     step: int
@@ -218,4 +244,5 @@ class Tick:
 Event = (
     Opened | NodeJoined | NodeLost | WorkerReady | WorkerLost | Hung | WorkerRaised | WorkerStopped | WorkerReturned
     | FirstStep | InventoryTaken | Saved | StopRequested | FencedOff | ActionFailed | Adopted | Tick | Rescued | NodeLeaving
+    | Diverged | Corrupted
 )  # fmt: skip

@@ -129,6 +129,24 @@ class Detecting:
 
 
 @dataclass(frozen=True, slots=True)
+class Health:
+    """What is done when training itself goes wrong.
+
+    non_finite       gradients (or a logged loss) that are no numbers: all ranks skip the step, the job stops, or nobody looks
+    skips_in_a_row   so many skipped steps one after the other are no accident any more
+    spike            a loss that stays three times above its course for twenty steps: go back, or leave it be
+    rollbacks        after so many returns to before such a thing, the next one ends the job
+    check_every      steps between comparisons of the replicas' parameters; 0: they are not compared
+    """
+
+    non_finite: Literal["skip", "stop", "ignore"] = "skip"
+    skips_in_a_row: int = 5
+    spike: Literal["rollback", "ignore"] = "rollback"
+    rollbacks: int = 3
+    check_every: int = 100
+
+
+@dataclass(frozen=True, slots=True)
 class Job:
     """One training program's spec. `name` is what it resumes by."""
 
@@ -151,3 +169,4 @@ class Job:
     """The program's own values, as `ctx.settings`."""
     backend: Literal["auto", "gloo", "nccl"] = "auto"
     detection: Detecting = Detecting()
+    health: Health = field(default_factory=Health)

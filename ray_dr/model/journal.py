@@ -52,6 +52,8 @@ class DataOpened:
     micro_batches: int
     seed: int
     shuffle: bool
+    left_out: tuple[tuple[int, int], ...] = ()
+    """Windows [first, last) of positions in the sample stream that are quarantined: no step uses them."""
 
 
 @dataclass(frozen=True, slots=True)

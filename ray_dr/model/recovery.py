@@ -31,6 +31,10 @@ class FailureKind(StrEnum):
     """A worker lives and does not get on, and the others wait for it."""
     PREEMPTED = "preempted"
     """A node was lost that had been announced to leave: never charged to a failure budget."""
+    DIVERGED = "diverged"
+    """Training itself went wrong, on every rank alike: numbers that are not finite, or a loss that does not come back."""
+    CORRUPTION = "corruption"
+    """Parameters that should be the same on several ranks are not: a machine computes or remembers wrongly."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +92,7 @@ class Policy:
     standby_processes: int = 0
     rescue_s: float = 10.0
     """Survivors have this long to stage the state they stand at: 10 GB each, into memory nobody has touched before."""
+    rollbacks: int = 3
 
     @property
     def nodes_wanted(self) -> int:
@@ -98,6 +103,28 @@ class Policy:
     def has_standbys(self) -> bool:
         """Whether more workers are wanted than a group takes."""
         return self.standby_nodes + self.standby_processes > 0
+
+
+@dataclass(frozen=True, slots=True)
+class Rollback:
+    """What is known since a job had to go back: no version of attempts up to `attempt` and of steps beyond `good` is of any use.
+
+    last      the last step that was done then
+    batch     samples in a step that are not to come again (those of the steps from the version restored to `last`); 0: none
+              are left out, as after a corruption, or where the program's samples are not ray_dr's
+    base      the step it went on from, known once the next group is formed
+    scratch   the attempt itself had begun from scratch: that is something to go back to
+    why       in words
+    """
+
+    attempt: int
+    good: int
+    last: int
+    batch: int = 0
+    base: int | None = None
+    scratch: bool = False
+    diverged: bool = True
+    why: str = ""
 
 
 # -------------------------------------------------------------------------------------------------------------- states
@@ -261,3 +288,5 @@ class State:
     asks: int = 0
     retry_at: float | None = None
     departures: tuple[Departure, ...] = ()
+    rollbacks: tuple[Rollback, ...] = ()
+    """How often the job had to go back to before something went wrong in training, oldest first: in its whole life."""

@@ -138,6 +138,10 @@ class StepDone:
     grad_norm: float | None = None
     finite: bool = True
     digest: str = ""
+    shard: str = ""
+    """What the digest is of: only digests of the same are compared."""
+    skipped: str = ""
+    """Why all ranks skipped the optimizers' step (`StepRecord.skipped`)."""
 
 
 @dataclass(frozen=True, slots=True)

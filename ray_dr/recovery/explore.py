@@ -13,6 +13,8 @@ from ray_dr.model.actions import Decision
 from ray_dr.model.checkpoint import VersionId
 from ray_dr.model.events import (
     ActionFailed,
+    Corrupted,
+    Diverged,
     Event,
     FencedOff,
     FirstStep,
@@ -114,7 +116,7 @@ def fair_event(state: State, policy: Policy, at: float) -> Event | None:
         case Draining(group=group) if group is not None:
             return _stop_next(group.attempt, group.members, state.phase.stopped, state, at)
         case Queued(asked=True) | Suspended(asked=True) | Recovering(found=None) | Draining():
-            return InventoryTaken(at, _incident(state), VersionId(state.attempt, state.step), state.asks)
+            return InventoryTaken(at, _incident(state), _newest(state), state.asks)
         case _:
             return _capacity_comes(state, policy, at)
 
@@ -139,6 +141,12 @@ def fresh_worker(state: State, node: str) -> str:
     """A worker's name that was not used on the node before."""
     used = next((len(known.ready) + len(known.lost) for known in state.nodes if known.id == node), 0)
     return f"{node}/0.{state.attempt}{used}"
+
+
+def _newest(state: State) -> VersionId:
+    """The newest version there can be: of all attempts so far, and from before what went wrong."""
+    steps = [state.step, *(back.good for back in state.rollbacks if back.attempt >= state.attempt)]
+    return VersionId(state.attempt, min(steps))
 
 
 def _incident(state: State) -> int:
@@ -166,6 +174,9 @@ def _of_workers(state: State, at: float) -> Iterator[Event]:
     attempt, now = state.attempt, state.step
     for hung in (members[:1], members[1:], members):
         yield Hung(at, attempt, hung, "in step for 9 s", now)
+    if members and not broken:
+        yield Diverged(at, attempt, now, "loss not finite", now, 8)
+        yield Corrupted(at, attempt, max(0, now - 1), members[:1], "one differs", now)
     for worker in members:
         yield WorkerRaised(at, worker, attempt, "collective failed", True, now)
         yield WorkerRaised(at, worker, attempt, "ValueError: bad", False, now)
@@ -194,7 +205,7 @@ def _of_host(state: State, at: float) -> Iterator[Event]:
             pass
     if state.retry_at is not None:
         yield InventoryTaken(at, _incident(state), None, state.asks)
-        yield InventoryTaken(at, _incident(state), VersionId(attempt, state.step), state.asks)
+        yield InventoryTaken(at, _incident(state), _newest(state), state.asks)
         yield ActionFailed(at, "TakeInventory", "store unavailable")
     yield StopRequested(at, 5.0, "Ctrl-C")
     yield FencedOff(at, 2)

@@ -21,6 +21,7 @@ from ray_dr.model.recovery import (
     Suspended,
 )
 from ray_dr.recovery.fleet import are_full, ranked, ready_workers, staying, usable_nodes
+from ray_dr.recovery.quarantine import settled
 from ray_dr.recovery.standbys import in_words, takers
 from ray_dr.recovery.words import count
 
@@ -100,4 +101,5 @@ def form(state: State, restore: VersionId | None, at: float, policy: Policy) -> 
     taken = takers(state.order, group.members) if policy.has_standbys else ()
     places = f": {in_words(taken)}" if taken else ""
     after = replace(answered(state), phase=Starting(group, at), attempt=group.attempt, order=group.members, done=())
+    after = replace(after, rollbacks=settled(state.rollbacks, restore)) if state.rollbacks else after
     return Decision(after, (FormGroup(group),), f"attempt {group.attempt} begins with {size} from {source}{places}")

@@ -6,9 +6,10 @@ The numbers are those of the architecture's list of invariants.
 from __future__ import annotations
 
 from ray_dr.model.actions import AbortGroup, CloseJob, Decision, FormGroup, Rescue, StopGroup
-from ray_dr.model.events import Event
+from ray_dr.model.events import Event, Opened
 from ray_dr.model.recovery import Failed, Finished, Policy, Recovering, Resizing, Running, Starting, State
 from ray_dr.recovery.fleet import leaving, ranked, ready_workers, staying
+from ray_dr.recovery.quarantine import usable
 
 
 def check(before: State, event: Event, decision: Decision, policy: Policy, *, walk: bool = True) -> None:
@@ -29,6 +30,9 @@ def check(before: State, event: Event, decision: Decision, policy: Policy, *, wa
         most = policy.workers_per_node + policy.standby_processes
         assert all(len(node.ready) <= most for node in after.nodes), "no more processes on a node than wanted"
     assert after.failures <= policy.attempts_without_progress or isinstance(after.phase, Failed), "I12: bounded"
+    assert len(after.rollbacks) >= len(before.rollbacks), "what went wrong is never forgotten"
+    again = sum(back.diverged for back in after.rollbacks)
+    assert again <= max(policy.rollbacks, sum(back.diverged for back in before.rollbacks)) or isinstance(event, Opened), "bounded"
     _check_quiet(before, decision, walk=walk)
     _check_groups(before, decision, policy)
     _check_end(before, decision)
@@ -67,10 +71,13 @@ def _check_groups(before: State, decision: Decision, policy: Policy) -> None:
             moved = len(group.members) < len(before.order) or worker not in group.members
             assert moved or group.members[place] == worker, "a survivor keeps its rank while there are ranks enough"
         assert not _still_inside(before) - _left(decision, before), "I8: nobody is in two groups"
+        fit = group.restore is None or usable(group.restore, decision.state.rollbacks)
+        assert fit, "nothing goes on from what was saved after training went wrong"
+        assert all(back.base is not None for back in decision.state.rollbacks), "what is left out is known"
     if isinstance(before.phase, Running) and isinstance(decision.state.phase, Resizing) and not decision.state.phase.stopped:
-        members, gone = decision.state.phase.group.members, leaving(decision.state)
-        larger = len(ranked(decision.state, policy)) > len(members)
-        left = any(node.id in gone and not set(members).isdisjoint(node.ready) for node in decision.state.nodes)
+        inside, gone = decision.state.phase.group.members, leaving(decision.state)
+        larger = len(ranked(decision.state, policy)) > len(inside)
+        left = any(node.id in gone and not set(inside).isdisjoint(node.ready) for node in decision.state.nodes)
         assert larger or left, "a group stops only for a larger one, or for who leaves, not for who stands by"
     for action in decision.actions:
         if isinstance(action, AbortGroup | StopGroup):

@@ -31,6 +31,8 @@ from ray_dr.model.checkpoint import VersionId
 from ray_dr.model.events import (
     ActionFailed,
     Adopted,
+    Corrupted,
+    Diverged,
     Event,
     FencedOff,
     FirstStep,
@@ -64,9 +66,10 @@ from ray_dr.model.recovery import (
     State,
     Suspended,
 )
-from ray_dr.recovery import capacity, draining, incidents, leaving, preemption, rescue
+from ray_dr.recovery import capacity, divergence, draining, incidents, leaving, preemption, rescue
 from ray_dr.recovery.fleet import gained, ranked, request_missing, start_missing, staying, still_starting, usable_nodes
 from ray_dr.recovery.groups import answered, begins_at, can_begin, form, restore_of, take_inventory
+from ray_dr.recovery.quarantine import out_of_reach
 from ray_dr.recovery.words import NOTHING_DUE, also, count, ignored
 
 OF_AN_ATTEMPT = ("FormGroup", "StopGroup", "SaveFinal", "Rescue")
@@ -105,6 +108,10 @@ def _learn(state: State, event: Event, policy: Policy) -> Decision:
             return capacity.worker_lost(state, event, policy)
         case Hung():
             return capacity.hung(state, event, policy)
+        case Diverged():
+            return divergence.diverged(state, event, policy)
+        case Corrupted():
+            return divergence.corrupted(state, event, policy)
         case WorkerRaised():
             return leaving.raised(state, event, policy)
         case WorkerStopped():
@@ -202,7 +209,7 @@ def _resize(state: State, phase: Running, at: float, policy: Policy) -> Decision
 def _opened(state: State, event: Opened, policy: Policy) -> Decision:
     if not isinstance(state.phase, Queued) or state.attempt > event.attempt or state.requested:
         return ignored(state, "the job is open already")
-    known = replace(state, attempt=event.attempt, changed_at=event.at)
+    known = replace(state, attempt=event.attempt, changed_at=event.at, rollbacks=event.rollbacks)
     after, actions = request_missing(known, policy)
     return Decision(after, actions, f"opened in term {event.term}: the next attempt is {event.attempt + 1}")
 
@@ -224,6 +231,8 @@ def _inventory_taken(state: State, event: InventoryTaken, policy: Policy) -> Dec
         return ignored(state, f"inventory {event.ask} of incident {event.incident} is not awaited")
     state = answered(state)
     newest = event.newest
+    if newest is None and not isinstance(state.phase, Draining) and (back := out_of_reach(state.rollbacks)) is not None:
+        return divergence.nothing_left(state, back)
     found = f"step {newest.step} of attempt {newest.attempt}" if newest else "no version"
     match state.phase:
         case Recovering() as phase:

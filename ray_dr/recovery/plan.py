@@ -5,19 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from ray_dr.model.checkpoint import Held, VersionId
+from ray_dr.model.recovery import Rollback
+from ray_dr.recovery.quarantine import usable
 
 
-def choose_version(held: Sequence[Held], committed: VersionId | None) -> VersionId | None:
+def choose_version(
+    held: Sequence[Held], committed: VersionId | None, rollbacks: Sequence[Rollback] = ()
+) -> VersionId | None:
     """The newest version that can be restored, or None when there is none.
 
     held        parts in the memory and on the disks of the node agents that are alive, in any order
     committed   the newest version in the store, complete by definition
+    rollbacks   what they say is of no use is not taken
 
     Newest is by (attempt, step): a later attempt went on from an earlier one's version, so its state supersedes
     whatever the earlier attempt did beyond that, even where its step is lower.
     """
     candidates = [*_complete(held), *([committed] if committed else [])]
-    return max(candidates, key=_age, default=None)
+    return max((version for version in candidates if usable(version, rollbacks)), key=_age, default=None)
 
 
 def copies(held: Sequence[Held], version: VersionId, *, disk: bool = False) -> Mapping[int, tuple[str, ...]]:

@@ -20,4 +20,5 @@ def policy_of(job: Job) -> Policy:
         attempts_without_progress=recovery.attempts_without_progress,
         standby_nodes=workers.standby_nodes,
         standby_processes=workers.standby_processes,
+        rollbacks=job.health.rollbacks,
     )

@@ -23,6 +23,7 @@ from ray_dr.model.recovery import Policy, Recovering, Standing, State
 from ray_dr.recovery.fleet import ready_workers
 from ray_dr.recovery.groups import restore_of, take_inventory
 from ray_dr.recovery.incidents import note_step
+from ray_dr.recovery.quarantine import usable
 from ray_dr.recovery.words import also, count, ignored
 
 OVER = 0.0
@@ -71,7 +72,7 @@ def plan(state: State, phase: Recovering) -> Rescue | str:
     alive, base = frozenset(ready_workers(state)), restore_of(phase.found)
     standing = [each for each in phase.standing if each.worker in alive]
     newer = [each for each in standing if base is None or VersionId(phase.attempt, each.step) > base]
-    newer = [each for each in newer if each.step > 0]
+    newer = [each for each in newer if each.step > 0 and usable(VersionId(phase.attempt, each.step), state.rollbacks)]
     if not newer:
         return "" if standing else "no survivor's state stands whole at the end of a step"
     steps = sorted({each.step for each in newer}, reverse=True)

@@ -14,8 +14,8 @@ from ray_dr.model.codec import from_json
 from ray_dr.model.events import FirstStep
 from ray_dr.model.job import Job, Workers
 from ray_dr.model.journal import DataOpened, Decided, JobOpened, Record
-from ray_dr.model.recovery import Failed, Finished, Incident, Phase, Queued, Recovering, State, Suspended
-from ray_dr.model.signal import Finding
+from ray_dr.model.recovery import Failed, FailureKind, Finished, Incident, Phase, Queued, Recovering, State, Suspended
+from ray_dr.model.signal import Finding, Subject
 from ray_dr.recovery.fleet import usable_nodes
 from ray_dr.recovery.witnesses import KINDS, diagnose, of_event, short
 from ray_dr.telemetry.lineage import Step, steps
@@ -329,8 +329,8 @@ def _fatal(records: Sequence[Record], at: int, end: Decided, windows: Sequence[_
     finding = of_event(end.event, before)
     if finding is None:
         return None
-    kind = next(kind for kind, fault in KINDS.items() if fault is finding.kind)
-    subject = finding.subjects[0]
+    kind = next((kind for kind, fault in KINDS.items() if fault is finding.kind), FailureKind.DIVERGED)
+    subject = finding.subjects[0] if finding.subjects else Subject(f"attempt {before.attempt}")
     incident = Incident(0, kind, subject.worker or subject.node, end.event.at, before.step, finding.evidence)
     past = [before.last_error] if before.last_error else []
     last = windows[-1] if windows else _Window(0, incident)

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from ray_dr.detection.classify import LOST, SLACK_S, Diagnosis, classify
 from ray_dr.model.codec import from_json
-from ray_dr.model.events import Event, Hung, NodeLost, WorkerLost, WorkerRaised
+from ray_dr.model.events import Corrupted, Diverged, Event, Hung, NodeLost, WorkerLost, WorkerRaised
 from ray_dr.model.journal import Decided, Noted, Record
 from ray_dr.model.recovery import FailureKind, Incident, State
 from ray_dr.model.signal import FaultKind, Finding, Subject, node_of
@@ -26,6 +26,7 @@ KINDS = {
     FailureKind.NODE_LOST: K.NODE_GONE, FailureKind.WORKER_LOST: K.PROCESS_GONE,
     FailureKind.GROUP_BROKEN: K.COLLECTIVE_BROKEN, FailureKind.USER_ERROR: K.EXCEPTION,
     FailureKind.HANG: K.HANG, FailureKind.START_TIMEOUT: K.HANG, FailureKind.PREEMPTED: K.PREEMPTION,
+    FailureKind.DIVERGED: K.NON_FINITE, FailureKind.CORRUPTION: K.CORRUPTION,
 }  # fmt: skip
 ENDED, RAISED = (K.PROCESS_GONE, K.OUT_OF_MEMORY), (K.EXCEPTION, K.COLLECTIVE_BROKEN, K.OUT_OF_MEMORY)
 ID_DIGITS = 56
@@ -96,7 +97,9 @@ def _unsaid(events: Iterable[tuple[Event, State]], said: Sequence[Finding]) -> l
         if finding is None:
             continue
         alike = _alike(finding.kind)
-        if not any(other.kind in alike and _whom(other) & _whom(finding) for other in said):
+        if not any(
+            other.kind in alike and (_whom(other) & _whom(finding) or other.evidence == finding.evidence) for other in said
+        ):
             found.append(finding)
     return found
 
@@ -125,6 +128,11 @@ def of_event(event: Event, before: State) -> Finding | None:
             return replace(_said(kind, (who,), event.at, evidence), step=event.step, error=event.error)
         case Hung():
             return _said(K.HANG, tuple(_subject(worker, before) for worker in event.workers), event.at, event.how)
+        case Corrupted():
+            return _said(K.CORRUPTION, tuple(_subject(worker, before) for worker in event.workers), event.at, event.how)
+        case Diverged():
+            kind = K.LOSS_SPIKE if event.how.startswith("loss") else K.NON_FINITE
+            return replace(_said(kind, (), event.at, event.how), step=event.onset)
         case _:
             return None
 

@@ -43,4 +43,8 @@ def describe(incident: Incident) -> str:
             what = f"node {subject} was taken away, as announced ({detail})"
         case FailureKind.HANG:
             what = f"worker {subject} does not get on ({detail})"
+        case FailureKind.DIVERGED:
+            what = f"training went wrong: {detail}"
+        case FailureKind.CORRUPTION:
+            what = f"replicas differ: {detail}"
     return f"{what} at step {incident.step}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ray_dr.model.checkpoint import VersionId
+from ray_dr.model.recovery import Rollback
 from ray_dr.simulator.breach import must
 
 KEPT = 8
@@ -19,6 +20,8 @@ class Bucket:
     committed: list[VersionId] = field(default_factory=list)
     term: int = 0
     attempt: int = 0
+    rollbacks: tuple[Rollback, ...] = ()
+    """As the journal's copy tells of them."""
 
     @property
     def newest(self) -> VersionId | None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ray_dr.model.events import StopRequested
+from ray_dr.model.events import Corrupted, Diverged, StopRequested
 from ray_dr.simulator import promises, zombie
 from ray_dr.simulator.swarm import Fault
 from ray_dr.simulator.things import Node, Worker
+from ray_dr.simulator.training import Doing, Run
 from ray_dr.simulator.world import World
 
 SHORT_S, LONG_S = 1.5, 90.0
@@ -15,6 +16,7 @@ HEAD_BACK_S = 120.0
 NOTICED = 0.8
 """Of preemptions, the share that anybody hears of beforehand."""
 FLAPS = 4
+NOTICED_STEPS = 20
 TWINS, TWIN_S = 0.2, 5.0
 """Of faults, the share that comes soon after another one, and how soon: recoveries are where it hurts."""
 
@@ -44,6 +46,8 @@ class Faults:
             Fault.SUPERVISOR_CUT: self._cut_supervisor_off,
             Fault.HEAD_LOSS: self._head_loss,
             Fault.STOP_REQUEST: self._stop,
+            Fault.DIVERGENCE: self._diverge,
+            Fault.CORRUPTION: self._corrupt,
         }
         for fault in world.swarm.rates:
             self._next(fault)
@@ -208,3 +212,24 @@ class Faults:
         if world.supervisor is not None:
             world.changes += 1
             world.supervisor.post(StopRequested(world.clock.now, self._about(30.0), "somebody"))
+
+    def _diverge(self) -> None:
+        """Noticed some steps after it began."""
+        world = self._world
+        if (run := self._in_training()) is not None and world.supervisor is not None:
+            done = run.steps(world.clock.now)
+            onset = max(run.began + 1, done - world.dice.randint(0, NOTICED_STEPS))
+            world.supervisor.post(Diverged(world.clock.now, run.attempt, onset, "loss not finite", done, batch=8))
+
+    def _corrupt(self) -> None:
+        """Noticed some steps after the last time that all was well."""
+        world = self._world
+        if (run := self._in_training()) is not None and world.supervisor is not None:
+            done = run.steps(world.clock.now)
+            good = max(run.began, done - world.dice.randint(1, NOTICED_STEPS))
+            named = (world.dice.choice(run.members).id,) if len(run.members) > 2 else ()
+            world.supervisor.post(Corrupted(world.clock.now, run.attempt, good, named, "replicas differ", done))
+
+    def _in_training(self) -> Run | None:
+        run = self._world.run
+        return run if run is not None and run.doing is Doing.GOING and run.steps(self._world.clock.now) > run.began else None

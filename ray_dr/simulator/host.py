@@ -110,7 +110,7 @@ class Supervisor:
         self.opened = True
         held = [version.id for version in self.world.versions() if any(map(version.in_part, agents))]
         attempts = [*(version.attempt for version in (*self.stored, *held)), *(worker.attempt for worker in workers)]
-        self.decide(Opened(now, self.term, max([self.world.bucket.attempt, *attempts])))
+        self.decide(Opened(now, self.term, max([self.world.bucket.attempt, *attempts]), self.world.bucket.rollbacks))
         on: dict[str, list[str]] = {node: [] for node in sorted(self.perform.agents)}
         for worker in workers:
             on[worker.node.id].append(worker.id)

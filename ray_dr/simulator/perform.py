@@ -26,6 +26,7 @@ from ray_dr.model.recovery import Group
 from ray_dr.recovery import standbys
 from ray_dr.recovery.groups import group_of
 from ray_dr.recovery.plan import choose_version, stays_behind
+from ray_dr.recovery.quarantine import usable
 from ray_dr.recovery.replicas import replicas
 from ray_dr.simulator.breach import must
 from ray_dr.simulator.things import Agent, Node, Worker
@@ -236,11 +237,12 @@ class Performer:
         for version in sorted(world.versions(), key=lambda version: version.id, reverse=True):
             parts = list(version.held(reached, now))
             held += parts
-            if choose_version(parts, None) is not None:
+            if choose_version(parts, None, self._host.state.rollbacks) is not None:
                 break  # no older one will be chosen
-        committed = self._host.stored[-1] if self._host.stored else None
-        self.promised = committed, world.armed
-        newest = choose_version(held, committed)
+        rollbacks = self._host.state.rollbacks
+        committed = next((version for version in reversed(self._host.stored) if usable(version, rollbacks)), None)
+        self.promised = committed, world.armed if world.armed is not None and usable(world.armed.id, rollbacks) else None
+        newest = choose_version(held, committed, rollbacks)
         self._host.post(InventoryTaken(now, incident, newest, ask))
 
     def _form(self, group: Group, until: float) -> None:

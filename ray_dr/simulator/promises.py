@@ -14,6 +14,7 @@ from ray_dr.model.data import share
 from ray_dr.model.recovery import Failed, Finished, Finishing, Group, Running
 from ray_dr.recovery.fleet import usable_nodes
 from ray_dr.recovery.preemption import Choice, choose
+from ray_dr.recovery.quarantine import usable
 from ray_dr.simulator.breach import must
 from ray_dr.simulator.detection import rates
 from ray_dr.simulator.things import Agent, Node, Worker
@@ -37,6 +38,8 @@ def attempt_begins(world: World, host: Supervisor, group: Group) -> None:
     _is_new(world, group.attempt)
     restore, found = group.restore, world.version(group.restore)
     there = restore in host.stored or (found is not None and found.available(agents, world.clock.now + EVER_S))
+    fit = restore is None or usable(restore, host.state.rollbacks)
+    must(fit, f"{restore} was saved after training went wrong")
     must(restore is None or there, f"the version to restore, {restore}, is nowhere")
     _keeps_word(world, host, restore, agents)
     _uses_each_once(group)

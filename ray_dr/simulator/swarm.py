@@ -38,6 +38,10 @@ class Fault(StrEnum):
     """Off the network for so long that another one takes the job over; then it is back, and goes on as if it were alone."""
     HEAD_LOSS = "head_loss"
     STOP_REQUEST = "stop_request"
+    DIVERGENCE = "divergence"
+    """Training goes wrong, and what was saved since is worth nothing."""
+    CORRUPTION = "corruption"
+    """One worker's parameters are wrong, or two differ and nobody knows which are."""
 
 
 PER_NODE_DAY = {
@@ -48,11 +52,11 @@ PER_NODE_DAY = {
 """Per node and day (Llama 3: 0.004 interrupts; Meta's RSC: 0.002 to 0.006)."""
 PER_DAY = {
     Fault.STORE_DOWN: 0.3, Fault.STORE_SLOW: 0.5, Fault.SUPERVISOR_KILL: 0.3, Fault.SUPERVISOR_CUT: 0.05, Fault.HEAD_LOSS: 0.03,
-    Fault.STOP_REQUEST: 0.02,
+    Fault.STOP_REQUEST: 0.02, Fault.DIVERGENCE: 0.02, Fault.CORRUPTION: 0.01,
 }  # fmt: skip
 """Per job and day."""
 AT_MOST = {Fault.HEAD_LOSS: 1.5, Fault.STOP_REQUEST: 0.5, Fault.RACK_LOSS: 2.0, Fault.SUPERVISOR_KILL: 4.0,
-           Fault.SUPERVISOR_CUT: 2.0}  # fmt: skip
+           Fault.SUPERVISOR_CUT: 2.0, Fault.DIVERGENCE: 1.0, Fault.CORRUPTION: 1.0}  # fmt: skip
 """Expected in any life beside those, however short; others: COMPRESSED."""
 COMPRESSED = 6.0
 MANY = 24

@@ -108,7 +108,8 @@ class World:
             must(self.bucket.newest is not None or not self.swarm.total_steps, "I6: what a finished job ended at is kept")
             self.over = True
         elif isinstance(outcome, Failed) and not outcome.resubmit:
-            must(bool(self.swarm.poison), f"only an error of the program ends it for good: {outcome.reason}")
+            own = bool(self.swarm.poison or supervisor.state.rollbacks)
+            must(own, f"only an error of the program ends it for good: {outcome.reason}")
             self.over = True
         else:
             self.tally.closed += 1
@@ -120,6 +121,7 @@ class World:
             self.clock.after(1.0, self.write_down, host, attempt)
         elif host.alive and host.term == self.bucket.term:
             self.bucket.attempt = max(self.bucket.attempt, attempt)
+            self.bucket.rollbacks = host.state.rollbacks
 
     def note(self, event: Event, decision: Decision) -> None:
         """An event and what was decided."""

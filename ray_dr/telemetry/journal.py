@@ -24,6 +24,7 @@ from ray_dr.errors import AlreadyExists, NotFound, StoreError
 from ray_dr.model.codec import from_json, to_json
 from ray_dr.model.events import Opened
 from ray_dr.model.journal import Decided, JobOpened, Noted, PartSaved, Record, Stepped
+from ray_dr.model.recovery import Rollback
 from ray_dr.stores.base import Store
 
 INTERVAL_S = 0.5
@@ -32,7 +33,7 @@ CAPACITY_BYTES = 64 * 2**20
 BACKOFF_FIRST_S = 0.1
 BACKOFF_MOST_S = 5.0
 READERS = 16
-ATTEMPTS = "attempts"
+ATTEMPTS, ROLLBACKS = "attempts", "rollbacks"
 """In a note of the supervisor: the highest attempt of the job so far."""
 
 _SEGMENT = re.compile(r"/journal/(\d{6,})-(\d{8,})\.jsonl$")
@@ -237,19 +238,25 @@ def read_journal(store: Store, job: str) -> Iterator[Record]:
 
 
 def last_attempt(store: Store, job: str) -> int:
-    """The highest attempt any record knows of; 0 when there is none. Reads the journal from its end to the newest record that
-    knows all before it: a decision, or, where none was taken for long, a note with ATTEMPTS. Raises StoreError, and ValueError
-    for a damaged line."""
-    highest, keys = 0, [key for _, _, key in reversed(_segments(store, job))]
+    """The highest attempt any record knows of; 0 when there is none. Raises StoreError, and ValueError for a damaged line."""
+    return last_known(store, job)[0]
+
+
+def last_known(store: Store, job: str) -> tuple[int, tuple[Rollback, ...]]:
+    """The highest attempt any record knows of, and what is known to be of no use any more. Reads the journal from its end to the
+    newest record that knows all before it: a decision, or, where none was taken for long, a note with ATTEMPTS. Raises
+    StoreError, and ValueError for a damaged line."""
+    highest, rollbacks, keys = 0, tuple[Rollback, ...](), [key for _, _, key in reversed(_segments(store, job))]
     with ThreadPoolExecutor(READERS, thread_name_prefix="journal") as pool:
         at, size = 0, 1
         while at < len(keys):
             for records in pool.map(lambda key: tuple(_records(store, key)), keys[at : at + size]):
                 highest = max(highest, *map(_attempt, records), 0)
+                rollbacks = max(rollbacks, *map(_rollbacks, records), key=len)
                 if any(map(_knows_all, records)):
-                    return highest
+                    return highest, rollbacks
             at, size = at + size, min(2 * size, READERS)
-    return highest
+    return highest, rollbacks
 
 
 def _knows_all(record: Record) -> bool:
@@ -276,6 +283,18 @@ def read_tail(
         if first is not None:
             break
     return tuple(found)
+
+
+def _rollbacks(record: Record) -> tuple[Rollback, ...]:
+    """They only become more."""
+    match record:
+        case Decided(state=state):
+            return state.rollbacks
+        case Noted(fields={"rollbacks": told}):
+            known: tuple[Rollback, ...] = from_json(tuple[Rollback, ...], told)
+            return known
+        case _:
+            return ()
 
 
 def _attempt(record: Record) -> int:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from ray_dr.model.checkpoint import StepRecord, VersionId
-from ray_dr.model.data import Order, digest
+from ray_dr.model.data import Order, digest, position_of
 from ray_dr.model.journal import DataOpened, Decided, Record, Restored, Stepped
 from ray_dr.model.recovery import Group
 
@@ -48,6 +48,8 @@ class DataReport:
     unwitnessed  belonging to a step of which a rank's report is missing: neither proven used nor lost
     mismatched   reports whose digest is not that of the indices the job's order has at their positions
     epochs       epoch -> samples used
+    skipped      of those used, in steps that all ranks skipped: they taught nothing
+    quarantined  left out because training had gone wrong on them: neither lost nor used
     differences  the first of whatever is wrong, in words
     """
 
@@ -60,6 +62,8 @@ class DataReport:
     mismatched: int
     epochs: dict[int, int] = field(default_factory=dict)
     differences: tuple[str, ...] = ()
+    skipped: int = 0
+    quarantined: int = 0
 
     @property
     def ok(self) -> bool:
@@ -119,7 +123,7 @@ def verify_data(records: Iterable[Record]) -> DataReport:
     differences = list(_changes(opened))
     used: Counter[int] = Counter()
     lost, unwitnessed, mismatched = 0, 0, 0
-    order = Order(data.samples, data.seed, data.shuffle)
+    order = Order(data.samples, data.seed, data.shuffle, data.left_out)
     present = {step.number: step for step in lineage}
     for number in range(1, max(present, default=0) + 1):
         step = present.get(number)
@@ -145,8 +149,10 @@ def verify_data(records: Iterable[Record]) -> DataReport:
     return DataReport(
         steps=len(lineage), global_batch=data.global_batch, used=used.total(), lost=lost,
         repeated=sum(repeated.values()), unwitnessed=unwitnessed, mismatched=mismatched,
-        epochs=dict(sorted(Counter(at // data.samples for at in used.elements()).items())),
+        epochs=dict(sorted(Counter(position_of(at, data.left_out) // data.samples for at in used.elements()).items())),
         differences=tuple(differences[:DIFFERENCES_SHOWN]),
+        skipped=sum(1 for step in lineage for r in step.records if r.skipped for _ in _positions((r,))),
+        quarantined=sum(last - first for first, last in data.left_out),
     )  # fmt: skip
 
 

@@ -25,6 +25,7 @@ from ray_dr.train import data as elastic
 from ray_dr.train.collectives import Reducer, is_collective_error
 from ray_dr.train.data import Data, StepBatch
 from ray_dr.train.fence import Fence, Parcel
+from ray_dr.train.health import Watch
 from ray_dr.train.link import Link
 from ray_dr.train.restore import restore
 from ray_dr.train.staging import Planner
@@ -124,6 +125,7 @@ class Context:
         self._arrived_s: float | None = None
         self._window: list[StepRecord] = []
         self._unsaved = assignment.origin_wanting
+        self._watch = Watch(assignment.health, assignment.world, lambda: self._logs)
         self.settings = dict(assignment.settings)
 
     @property
@@ -141,7 +143,7 @@ class Context:
         """
         if self._a.deterministic and micro_batches is None:
             micro_batches = self._a.world_most
-        order = Order(len(dataset), self._a.seed, shuffle)
+        order = Order(len(dataset), self._a.seed, shuffle, self._a.left_out)
         self._data = Data(dataset, global_batch=global_batch, micro_batches=micro_batches, order=order, collate=collate)
         return self._data
 
@@ -166,6 +168,7 @@ class Context:
             step = self._a.origin.version.step
             self._link.record(restored)
         self._flattener.flatten(objects)  # what can't be saved is refused now, not hours later
+        self._watch.look_at(objects.values())  # first: what breaks off there leaves the state as it was
         self._fence.watch(objects.values(), self._boundary.before_step)
         self._boundary.watch(objects)
         self._boundary.reached(step)
@@ -190,6 +193,7 @@ class Context:
                 self._check()
                 begun = time.monotonic()
                 self._link.beacon.enter(WorkerPhase.LOAD, state.step)
+                self._watch.begin()
                 slices, indices, batch = self._batch(state)
                 self._link.beacon.enter(WorkerPhase.COMPUTE)
                 yield batch
@@ -211,6 +215,11 @@ class Context:
     def log(self, **values: Any) -> None:
         """Numbers to keep with this step, in the journal (a tensor's value is read)."""
         self._logs.update({key: float(value) for key, value in values.items()})
+
+    @property
+    def skipped(self) -> bool:
+        """Whether `optimizer.step()` changed nothing in this step, because gradients were not finite on some rank."""
+        return bool(self._watch.skipped)
 
     def _even(self, objects: Iterable[Any]) -> bool:
         """Whether all ranks take equal shares of a step, in one pass each."""
@@ -269,11 +278,13 @@ class Context:
         ranges = tuple((piece.first, piece.last) for piece, _ in used)
         witness = elastic.witness([index for _, chosen in used for index in chosen])
         logs, self._logs = self._logs, {}
-        record = StepRecord(
-            self._a.attempt, step, self._a.rank, self._a.world, ranges, witness, took_s, logs, self._arrived_s
-        )
+        record = StepRecord(self._a.attempt, step, self._a.rank, self._a.world, ranges, witness, took_s, logs, self._arrived_s,
+                            self._watch.skipped, self._watch.state_hash(step))  # fmt: skip
         self._window = [*self._window[-RECORD_WINDOW + 1 :], record]
         self._link.step(record, time.time())
+        if record.skipped and record.rank == 0:
+            fields: dict[str, object] = {"step": step, "attempt": record.attempt, "why": record.skipped}
+            self._link.record(Noted(time.time(), "step.skipped", fields))
 
     # -- saving
 
@@ -325,6 +336,7 @@ class Context:
 
     def close(self, error: BaseException | None = None) -> None:
         """`train` is over, or raised `error`: the save under way is handed over or given up, optimizers are let go."""
+        self._watch.close()
         self._fence.close(failed=error is not None, cut_off=error is not None and is_collective_error(error))
 
     def left(self) -> Stood | None:
@@ -352,7 +364,7 @@ class Context:
     def _opened(self, data: Data) -> DataOpened:
         order = data.order
         return DataOpened(time.time(), self._a.attempt, order.length, data.global_batch, data.micro_batches or 0,
-                          order.seed, order.shuffle)  # fmt: skip
+                          order.seed, order.shuffle, order.left_out)  # fmt: skip
 
     def evaluating(self) -> contextlib.AbstractContextManager[None]:
         """`with ctx.evaluating():` around what takes much longer than a step usually does, as an evaluation or an export:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch.utils.data import default_collate
 
 from ray_dr.errors import ConfigError, IncompatibleState
-from ray_dr.model.data import Order, Slice, digest, micro_shares, share
+from ray_dr.model.data import Order, Slice, digest, joined, micro_shares, share
 
 Collate = Callable[[list[Any]], Any]
 
@@ -65,15 +66,19 @@ class Data:
         return self._collate(many(indices) if many else [self.dataset[index] for index in indices])
 
     def state_dict(self) -> dict[str, Any]:
+        left_out = {"left_out": [list(window) for window in self.order.left_out]} if self.order.left_out else {}
         return {
             "position": self.position, "global_batch": self.global_batch, "samples": self.order.length,
-            "seed": self.order.seed, "shuffle": self.order.shuffle,
+            "seed": self.order.seed, "shuffle": self.order.shuffle, **left_out,
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if different := self.differences(state):
             raise IncompatibleState(different)
         self.position = int(state["position"])
+        # The job says what is left out since; where it has lost its memory of that, the checkpoint has not.
+        windows = ((int(first), int(last)) for first, last in state.get("left_out", ()))
+        self.order = replace(self.order, left_out=joined((*self.order.left_out, *windows)))
 
     def differences(self, state: Mapping[str, Any]) -> tuple[str, ...]:
         """Why a saved position would mean other samples here: what differs, in words."""

@@ -14,7 +14,7 @@ from ray_dr.actors.sensing import Senses, short
 from ray_dr.model import codec
 from ray_dr.model.checkpoint import StepRecord
 from ray_dr.model.events import Event, Hung
-from ray_dr.model.job import Detecting
+from ray_dr.model.job import Detecting, Health
 from ray_dr.model.recovery import Group
 from ray_dr.model.signal import Beacon, Finding, Notice, WorkerPhase
 
@@ -38,7 +38,7 @@ class Stage:
 
     def __post_init__(self) -> None:
         self.group = Group(1, WORKERS, None)
-        self.job = SimpleNamespace(recovery=SimpleNamespace(hang_s=self.hang_s), detection=self.detecting)
+        self.job = SimpleNamespace(recovery=SimpleNamespace(hang_s=self.hang_s), detection=self.detecting, health=Health())
         self.progress = self
         self.perform = SimpleNamespace(lose_node=lambda node, how: self.lost.append((node, how)))
         self.senses = Senses(self)  # type: ignore[arg-type]
