@@ -62,7 +62,7 @@ def instead(state: State, phase: Recovering, at: float, policy: Policy) -> Decis
 def lost_without(state: State, phase: Recovering) -> str:
     """Why steps are lost all the same, in words; empty when none is, or when it was said already."""
     base = restore_of(phase.found)
-    behind = state.step > (base.step if base else 0)
+    behind = state.step > (base.step if base else 0) and usable(VersionId(phase.attempt, state.step), state.rollbacks)
     found = plan(state, phase) if behind and phase.rescue_until is None else ""
     return found if isinstance(found, str) else ""
 

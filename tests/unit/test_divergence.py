@@ -121,7 +121,7 @@ class Stage:
         """Every rank does a step of eight samples."""
         for rank, found in enumerate(hashes):
             ranges = ((8 * (step - 1) + rank * 8 // 3, 8 * (step - 1) + (rank + 1) * 8 // 3),)
-            record = StepRecord(2, step, rank, 3, ranges, "", 0.1, {}, skipped, found and f"all:{found}")
+            record = StepRecord(2, step, rank, 3, ranges, "", 0.1, {}, None, skipped, found and f"all:{found}")
             self.vigil.stepped(record)
             done = StepDone(float(step), rank, 2, step, 0.1, digest=found, shard="all", skipped=skipped)
             for finding in self.detection.observe(done):
