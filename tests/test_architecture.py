@@ -34,6 +34,7 @@ PURE_FILES = (
     "checkpoint/save_plan.py", "checkpoint/restore_plan.py", "checkpoint/cadence.py", "telemetry/tiers.py",
     "checkpoint/pace.py", "checkpoint/failures.py", "checkpoint/duty.py", "checkpoint/mesh.py", "checkpoint/cut.py",
     "repository/retention.py", "telemetry/timeline.py", "telemetry/lineage.py",
+    "telemetry/phases.py",
 )  # fmt: skip
 IMPURE = (
     "time", "random", "secrets", "threading", "asyncio", "multiprocessing", "concurrent", "os", "io", "pathlib",

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from ray_dr.model.checkpoint import VersionId
 from ray_dr.model.recovery import Group
+from ray_dr.model.signal import FaultKind
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +176,20 @@ class Adopted:
 
 
 @dataclass(frozen=True, slots=True)
+class Diagnosed:
+    """What all that was found so far comes to: the root cause of an incident, which may not be what was seen first.
+
+    incident   its number; only the newest one's matters
+    cause      its kind; subject: the node or worker it struck, empty where that is not known
+    """
+
+    at: float
+    incident: int
+    cause: FaultKind
+    subject: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """Time passes."""
 
@@ -184,4 +199,5 @@ class Tick:
 Event = (
     Opened | NodeJoined | NodeLost | WorkerReady | WorkerLost | Hung | WorkerRaised | WorkerStopped | WorkerReturned
     | FirstStep | InventoryTaken | Saved | StopRequested | FencedOff | ActionFailed | Adopted | Tick
+    | Diagnosed
 )  # fmt: skip

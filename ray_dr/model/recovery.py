@@ -12,7 +12,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal
 
+from ray_dr.model.budget import Ledger
 from ray_dr.model.checkpoint import VersionId
+from ray_dr.model.ladder import Measured, Plan
+from ray_dr.model.signal import FaultKind
 
 # ---------------------------------------------------------------------------------------------------- parts of a state
 
@@ -41,6 +44,10 @@ class Incident:
     step: int
     """The last step known to be done when it happened."""
     detail: str = ""
+    cause: FaultKind | None = None
+    """What the root cause is, as far as it is known: what a failure counts as goes by it (`detection.taxonomy`)."""
+    root: str = ""
+    """The node or worker that detection names, where that is not `subject`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +65,8 @@ class Node:
     ready: tuple[str, ...] = ()
     lost: tuple[str, ...] = ()
     failed_starts: int = 0
+    asked_at: float = 0.0
+    """When the newest of its processes was asked for, UTC seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +90,8 @@ class Policy:
     start_s: float
     settle_s: float
     attempts_without_progress: int
+    measured: Measured = Measured()
+    """What the parts of a recovery took so far: it says which way out is the shortest, never whether one is right."""
 
 
 # -------------------------------------------------------------------------------------------------------------- states
@@ -226,3 +237,8 @@ class State:
     first_cause: str = ""
     asks: int = 0
     retry_at: float | None = None
+    ledger: Ledger = Ledger()
+    not_before: float = 0.0
+    """UTC seconds before which no next group forms, after attempts that came to nothing; 0: at once."""
+    plan: Plan | None = None
+    """The way out of the newest incident, from when it was chosen until the first step after it."""

@@ -23,7 +23,7 @@ from ray_dr.model.recovery import (
     State,
     Suspended,
 )
-from ray_dr.recovery import draining, incidents
+from ray_dr.recovery import budget, draining, incidents
 from ray_dr.recovery.fleet import add, drop, end_worker, find, given_up, put, request_missing, start_missing
 from ray_dr.recovery.groups import answered, group_of
 from ray_dr.recovery.words import count, describe, ignored
@@ -200,9 +200,8 @@ def _give_back(state: State, node: Node, reason: str, policy: Policy) -> Decisio
     state = _new_question(state)
     if isinstance(state.phase, Running | Starting | Resizing):
         return Decision(replace(state, requested=policy.nodes_max), release, f"{reason}: the node is given back")
-    state = replace(state, failures=state.failures + 1, first_cause=state.first_cause or reason, requested=0)
-    if state.failures > policy.attempts_without_progress:
-        why = f"{reason}; first: {state.first_cause}"
-        return Decision(replace(state, phase=Failed(why, resubmit=True)), (CloseJob("failed"),), why)
+    state, over = budget.charge_start(replace(state, requested=0), reason, policy)
+    if over is not None:
+        return Decision(replace(state, phase=Failed(over.reason, over.resubmit)), (CloseJob("failed"),), over.reason)
     state, requests = request_missing(state, policy)
     return Decision(state, (*release, *requests), f"{reason}: the node is given back, another one asked for")

@@ -11,6 +11,9 @@ from dataclasses import replace
 
 from ray_dr.model.actions import AbortGroup, Action, CloseJob, Decision
 from ray_dr.model.recovery import Failed, FailureKind, Group, Incident, Policy, Recovering, Resizing, Starting, State
+from ray_dr.model.signal import FaultKind
+from ray_dr.recovery import budget
+from ray_dr.recovery.causes import first_cause
 from ray_dr.recovery.fleet import ready_workers, request_missing, start_missing, usable_nodes
 from ray_dr.recovery.groups import take_inventory
 from ray_dr.recovery.words import also, count, describe
@@ -18,9 +21,11 @@ from ray_dr.recovery.words import also, count, describe
 SYMPTOMS = (FailureKind.GROUP_BROKEN, FailureKind.START_TIMEOUT)
 
 
-def next_incident(state: State, kind: FailureKind, subject: str, at: float, step: int, detail: str) -> Incident:
-    """An incident with the next number; it counts only once it is begun."""
-    return Incident(state.incidents + 1, kind, subject, at, step, detail)
+def next_incident(
+    state: State, kind: FailureKind, subject: str, at: float, step: int, detail: str, cause: FaultKind | None = None
+) -> Incident:
+    """An incident with the next number; it counts only once it is begun. `cause`: where more is known than its kind says."""
+    return Incident(state.incidents + 1, kind, subject, at, step, detail, cause or first_cause(kind, detail))
 
 
 def note_step(state: State, step: int) -> State:
@@ -42,11 +47,11 @@ def begin(state: State, group: Group, incident: Incident, policy: Policy, *, gon
     gone   members that left by themselves; those that are not up any more need not be named
     """
     unwinding = _still_inside(state, group, gone)
-    state = _count_failure(note_step(state, incident.step), describe(incident))
-    if state.failures > policy.attempts_without_progress:
-        return fail(state, group.attempt, unwinding, _no_progress(state), resubmit=True)
+    state, over = budget.charge(note_step(state, incident.step), incident, policy)
+    if over is not None:
+        return fail(state, group.attempt, unwinding, over.reason, resubmit=over.resubmit)
     phase = Recovering(incident, unwinding, None, incident.at, group.attempt)
-    state = replace(state, phase=phase, incidents=incident.number, done=())
+    state = replace(state, phase=phase, incidents=incident.number, done=(), plan=None)
     state, requests = request_missing(state, policy)
     state, starts = start_missing(state, policy)
     reason = f"{describe(incident)}: {_remaining(state, group, policy)}"
@@ -112,6 +117,7 @@ def further_loss(state: State, phase: Recovering, loss: Incident, workers: Colle
         if incident.kind is FailureKind.USER_ERROR:
             state = replace(state, last_error=None)
         incident = replace(loss, number=incident.number, at=incident.at)
+        state = budget.recharge(state, incident, policy)
     state = replace(state, phase=replace(phase, incident=incident, unwinding=unwinding))
     state, requests = request_missing(state, policy)
     state, starts = start_missing(state, policy)
@@ -140,20 +146,6 @@ def _remaining(state: State, group: Group, policy: Policy) -> str:
     left = len(group.members) - len(absent_members(state, group))
     of = f"{left} of {count(len(group.members), 'worker')}"
     return f"going on with {of}" if usable_nodes(state) >= policy.min_nodes_to_run else f"{of} left"
-
-
-def _count_failure(state: State, cause: str) -> State:
-    progress = state.step > state.reached
-    return replace(
-        state,
-        failures=0 if progress else state.failures + 1,
-        first_cause=cause if progress or not state.first_cause else state.first_cause,
-        reached=max(state.reached, state.step),
-    )
-
-
-def _no_progress(state: State) -> str:
-    return f"{state.failures} attempts in a row made no new step after step {state.step}; first: {state.first_cause}"
 
 
 def _abort(attempt: int, members: tuple[str, ...]) -> tuple[Action, ...]:

@@ -25,8 +25,9 @@ def check(before: State, event: Event, decision: Decision, policy: Policy, *, wa
         ready = ready_workers(after)
         assert len(set(ready)) == len(ready), "a worker is on one node"
     assert after.failures <= policy.attempts_without_progress or isinstance(after.phase, Failed), "I12: bounded"
+    assert after.plan is None or after.plan.hold_until <= max(event.at, after.plan.at) + policy.start_s, "I9: nobody is waited for without end"
     _check_quiet(before, decision, walk=walk)
-    _check_groups(before, decision, policy)
+    _check_groups(before, decision, policy, event.at)
     _check_end(before, decision)
 
 
@@ -43,9 +44,10 @@ def _check_quiet(before: State, decision: Decision, *, walk: bool) -> None:
             assert set(phase.unwinding) <= set(known), "who unwinds is alive"
 
 
-def _check_groups(before: State, decision: Decision, policy: Policy) -> None:
+def _check_groups(before: State, decision: Decision, policy: Policy, at: float) -> None:
     formed = [action.group for action in decision.actions if isinstance(action, FormGroup)]
     assert len(formed) <= 1, "one group at a time"
+    assert not formed or at >= decision.state.not_before, "I12: attempts that came to nothing are followed by a pause"
     for group in formed:
         past = max(before.attempt, group.restore.attempt if group.restore else 0)
         assert group.attempt == past + 1, "I8: the next attempt"

@@ -9,7 +9,8 @@ it does not matter which of the awaited things came last.
     Starting    the group joins, restores, does a first step; too slow or broken: an incident
     Running     steps are done; idle workers that have settled make it Resizing; all returned: Finishing
     Resizing    the group stops at a common step, the next group goes on from exactly there
-    Recovering  survivors leave the broken step while the host takes an inventory; both done: the next group
+    Recovering  survivors leave the broken step while the host takes an inventory; both done: the next group, by the
+                shortest way (`course`), which may be to wait a little for workers that are about to be up
     Suspended   the same, without enough nodes to go on
     Draining    asked to stop: common step, save everywhere, end; or the newest version there is, if the group is broken
     Finishing   the last version is being committed
@@ -17,7 +18,7 @@ it does not matter which of the awaited things came last.
 Rules that hold throughout. A group is formed only of workers that are up and have left every earlier group. Nothing
 said about an older attempt, an unknown node or an ended worker changes anything. A memory copy can vanish with a node,
 so whatever was found before a node was lost is looked for again. Repetition is bounded: a row of attempts without a new
-step ends the job, and so does the same error of the program at the same step.
+step ends the job (`budget`), and so does the same error of the program at the same step.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from ray_dr.model.checkpoint import VersionId
 from ray_dr.model.events import (
     ActionFailed,
     Adopted,
+    Diagnosed,
     Event,
     FencedOff,
     FirstStep,
@@ -61,9 +63,9 @@ from ray_dr.model.recovery import (
     State,
     Suspended,
 )
-from ray_dr.recovery import capacity, draining, incidents, leaving
+from ray_dr.recovery import budget, capacity, causes, course, draining, incidents, leaving
 from ray_dr.recovery.fleet import idle_workers, request_missing, still_starting, usable_nodes
-from ray_dr.recovery.groups import answered, can_begin, form, restore_of, take_inventory
+from ray_dr.recovery.groups import answered, can_begin, form, take_inventory
 from ray_dr.recovery.words import NOTHING_DUE, also, count, ignored
 
 OF_AN_ATTEMPT = ("FormGroup", "StopGroup", "SaveFinal")
@@ -79,7 +81,7 @@ def step(state: State, event: Event, policy: Policy) -> Decision:
     """What follows from an event. One that changes nothing gives the very same state, no actions, and the reason."""
     if isinstance(state.phase, Finished | Failed):
         return ignored(state, "the job is over")
-    decision = _learn(state, event, policy)
+    decision = course.asked(_learn(state, event, policy), event.at)
     if decision.state is not state or isinstance(event, Tick):
         decision = _go_on(decision, event.at, policy)
     return decision
@@ -121,6 +123,8 @@ def _learn(state: State, event: Event, policy: Policy) -> Decision:
             return _adopted(state, event, policy)
         case Tick():
             return _tick(state, event, policy)
+        case Diagnosed():
+            return causes.diagnosed(state, event, policy)
         case _:
             assert_never(event)
 
@@ -133,7 +137,7 @@ def _go_on(decision: Decision, at: float, policy: Policy) -> Decision:
             return also(decision, take_inventory(state, at, policy))
         case Recovering(unwinding=()) as phase if phase.found is not None:
             if usable_nodes(state) >= policy.min_nodes_to_run:
-                return also(decision, form(state, restore_of(phase.found), at))
+                return course.go_on(decision, phase, at, policy)
             return also(decision, _suspend(state, phase, at, policy))
         case Running() as phase if not state.done and _can_grow(state, phase, at, policy):
             return also(decision, _resize(state, phase, at))
@@ -183,10 +187,10 @@ def _first_step(state: State, event: FirstStep) -> Decision:
     phase = state.phase
     if not isinstance(phase, Starting) or event.attempt != phase.group.attempt:
         return ignored(state, f"no first step of attempt {event.attempt} is awaited")
-    after = replace(state, phase=Running(phase.group))
+    after = budget.ran(replace(state, phase=Running(phase.group)), event.at)
     if event.step > state.reached:
         # Only a step nobody has done before is progress: else a fault at one step could repeat for ever.
-        after = replace(after, failures=0)
+        after = budget.progressed(after)
     members = count(len(phase.group.members), "worker")
     return Decision(incidents.note_step(after, event.step), (), f"attempt {event.attempt} runs with {members}")
 
@@ -203,6 +207,10 @@ def _inventory_taken(state: State, event: InventoryTaken, policy: Policy) -> Dec
             return Decision(after, (), f"{found} can be restored")
         case Draining() as phase:
             return draining.save_found(state, phase, newest)
+        case Suspended(incident=incident) if incident is not None and can_begin(state, event.at, policy):
+            # As after a loss: it may be worth waiting for more that are about to be up.
+            recovering = Recovering(incident, (), newest or "scratch", event.at, state.attempt)
+            return Decision(replace(state, phase=recovering), (), f"{found} can be restored")
         case Queued() | Suspended() as phase:
             after = replace(state, phase=replace(phase, asked=False))
             if can_begin(after, event.at, policy):
