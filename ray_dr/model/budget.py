@@ -49,3 +49,6 @@ class Ledger:
     ran_s: float = 0.0
     running_since: float | None = None
     newest: Charge | None = None
+
+
+NOTHING_COUNTED = Ledger()

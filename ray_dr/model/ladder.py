@@ -64,6 +64,9 @@ class Measured:
         return self.form_s + self.restore_s + self.first_step_s
 
 
+UNMEASURED = Measured()
+
+
 @dataclass(frozen=True, slots=True)
 class Way:
     """One way out, with what it is expected to cost, in seconds.

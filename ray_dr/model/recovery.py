@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal
 
-from ray_dr.model.budget import Ledger
+from ray_dr.model.budget import NOTHING_COUNTED, Ledger
 from ray_dr.model.checkpoint import VersionId
-from ray_dr.model.ladder import Measured, Plan
+from ray_dr.model.ladder import UNMEASURED, Measured, Plan
 from ray_dr.model.signal import FaultKind
 
 # ---------------------------------------------------------------------------------------------------- parts of a state
@@ -90,7 +90,7 @@ class Policy:
     start_s: float
     settle_s: float
     attempts_without_progress: int
-    measured: Measured = Measured()
+    measured: Measured = UNMEASURED
     """What the parts of a recovery took so far: it says which way out is the shortest, never whether one is right."""
 
 
@@ -237,7 +237,7 @@ class State:
     first_cause: str = ""
     asks: int = 0
     retry_at: float | None = None
-    ledger: Ledger = Ledger()
+    ledger: Ledger = NOTHING_COUNTED
     not_before: float = 0.0
     """UTC seconds before which no next group forms, after attempts that came to nothing; 0: at once."""
     plan: Plan | None = None

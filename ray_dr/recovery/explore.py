@@ -197,11 +197,12 @@ def _timeless(value: Any, now: float) -> Any:
         if any(node.asked_at for node in nodes):
             nodes = tuple(replace(node, asked_at=min(now - node.asked_at, 5.0) if node.starting else 0.0) for node in nodes)
         since = None if ledger.running_since is None else 0.0
+        plan = plan and replace(plan, at=0.0, hold_until=max(0.0, plan.hold_until - now))
         ledger = replace(ledger, ran_s=0.0, running_since=since, roots=tuple(replace(r, ran_s=0.0) for r in ledger.roots))
         return replace(
             value, phase=_timeless(value.phase, now), changed_at=min(now - value.changed_at, 5.0), nodes=nodes, ledger=ledger,
             retry_at=None if value.retry_at is None else value.retry_at - now, first_cause="",
-            not_before=max(0.0, value.not_before - now), plan=plan and replace(plan, at=0.0, hold_until=max(0.0, plan.hold_until - now)),
+            not_before=max(0.0, value.not_before - now), plan=plan,
         )  # fmt: skip
     times = {f.name for f in fields(value)} & {"since", "deadline"}
     changes: dict[str, Any] = {name: getattr(value, name) - now for name in times}

@@ -40,8 +40,9 @@ class Inquest:
             case Decided():
                 if any(isinstance(action, FormGroup) for action in record.actions):
                     self._records = [*filter(_lasts, self._records)]
-                if self._records and isinstance(before := self._records[-1], Decided) and not _strikes(before):
-                    self._records.pop()  # of decisions in a row only the newest state matters
+                before = self._records[-1] if self._records else None
+                if isinstance(before, Decided) and not _strikes(before) and not _strikes(record):
+                    self._records.pop()  # of such decisions in a row only the newest state matters
                 self._records.append(record)
                 self._fresh |= _strikes(record) or _number(record.state) != self._incident
             case _:

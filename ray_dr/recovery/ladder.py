@@ -6,6 +6,7 @@ All is counted in seconds of work at full size. A way costs
     the work that is lost       steps that were done and have to be done again
     the time at reduced size    until everybody who is on the way has come: with k of n workers, 1 - k/n of it
     the interruptions to come   each later growth stops the group once more
+    the risk of waiting         who is waited for may not come: RISK of the wait
 
 so that going on at once with fewer is weighed against waiting for those that are about to be up: it wins unless they come
 sooner than the interruption that their coming would mean. Speed is taken to grow with the number of workers; what is common to
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from ray_dr.model.ladder import Measured, Rung, Way
 from ray_dr.recovery.words import count
 
+RISK = 0.1
 TOGETHER_S = 1.0
 """Workers that come up within so many seconds come as one."""
 RUNGS = tuple(Rung)
@@ -116,7 +118,7 @@ def _way(
     wait_s = coming[awaited - 1].after_s if awaited else 0.0
     rung = _rung(now, coming, awaited, workers)
     next_s = wait_s + measured.begin_s
-    loss_s, size, at_s = next_s + lost_s, workers, next_s
+    loss_s, size, at_s = next_s + lost_s + RISK * wait_s, workers, next_s
     for arrival in coming[awaited:]:
         if size >= now.wanted:
             break
@@ -166,7 +168,7 @@ def weighed(way: Way, besides: Way | None, wanted: int) -> str:
     text = f"{text}; {told(besides, wanted)} would take {seconds(besides.next_step_s)}"
     if besides.next_step_s >= way.next_step_s:
         return text
-    return f"{text}, and cost {seconds(besides.loss_s)} of work in all instead of {seconds(way.loss_s)}"
+    return f"{text}, but cost {seconds(besides.loss_s - way.loss_s)} of work more in all"
 
 
 def seconds(number: float) -> str:

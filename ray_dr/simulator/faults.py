@@ -142,6 +142,7 @@ class Faults:
     def _preempt(self, node: Node) -> None:
         """Taken back by the provider: with notice, of which nobody takes any today, or without."""
         notice_s = self._world.dice.choice((0.0, 30.0, 120.0))
+        node.announced = notice_s > 0
         self._world.clock.after(notice_s, self._preempted, node)
 
     def _preempted(self, node: Node) -> None:

@@ -37,6 +37,8 @@ class Node:
     workers: dict[str, Worker] = field(default_factory=dict)
     later: list[tuple[Callable[..., None], tuple[Any, ...]]] = field(default_factory=list)
     troubled_at: float = math.inf
+    announced: bool = False
+    """Somebody said that it would be taken away."""
 
     @property
     def works(self) -> bool:

@@ -16,7 +16,7 @@ from ray_dr.model.actions import FormGroup, RequestNodes, StartWorkers, TakeInve
 from ray_dr.model.codec import from_json, to_json
 from ray_dr.model.events import FirstStep, InventoryTaken, NodeJoined, WorkerLost, WorkerReady
 from ray_dr.model.journal import Decided, JobOpened, Marked, Noted, Record, Restored
-from ray_dr.model.ladder import Measured
+from ray_dr.model.ladder import UNMEASURED, Measured
 from ray_dr.model.recovery import Recovering, Resizing, Starting
 
 MEASURED = "phases.measured"
@@ -31,7 +31,7 @@ STEP_CHANGED, as it is another number all the time."""
 class Phases:
     """The fold. `step_s`, where it is known, is told by whoever times steps."""
 
-    before: Measured = Measured()
+    before: Measured = UNMEASURED
     step_s: float = 0.0
     _seen: dict[str, deque[float]] = field(default_factory=dict)
     _asked: dict[str, deque[float]] = field(default_factory=dict)

@@ -23,6 +23,7 @@ from ray_dr.model.journal import (
     VersionSaved,
     Where,
 )
+from ray_dr.model.ladder import Measured
 from ray_dr.model.recovery import (
     Failed,
     FailureKind,
@@ -36,7 +37,6 @@ from ray_dr.model.recovery import (
     Starting,
     State,
 )
-from ray_dr.model.ladder import Measured
 from ray_dr.telemetry.lineage import steps as lineage
 from ray_dr.telemetry.phases import MEASURED, note
 from ray_dr.telemetry.timeline import incidents, loss_curve, replay, status, verify_data
