@@ -49,15 +49,16 @@ def charge(state: State, incident: Incident, policy: Policy) -> tuple[State, Ove
     """The state after a failure, of which `state.step` is the last step known to be done; and whether that was one too many."""
     words, cause = describe(incident), _cause(incident)
     ledger = _stood(state.ledger, incident.at)
-    progress = state.step > state.reached
+    progress, free = state.step > state.reached, not FAULTS[cause].charged
+    first = "" if progress else state.first_cause
     state = replace(
         state,
         failures=0 if progress else state.failures,
-        first_cause=words if progress or not state.first_cause else state.first_cause,
+        first_cause=first or ("" if free else words),
         reached=max(state.reached, state.step),
         ledger=replace(ledger, tries=0 if progress else ledger.tries, newest=None),
     )
-    if not FAULTS[cause].charged:
+    if free:
         return replace(state, ledger=_note(state.ledger, incident, cause, ""), not_before=0.0), None
     return _charged(state, incident, cause, policy, counts=not progress)
 
@@ -80,7 +81,8 @@ def recharge(state: State, incident: Incident, policy: Policy) -> State:
     if is_free:
         ledger = replace(ledger, tries=max(0, ledger.tries - (not was_free)))
         state = replace(state, failures=max(0, state.failures - counted), ledger=ledger, not_before=0.0)
-        return replace(state, ledger=_note(ledger, incident, cause, ""))
+        first = state.first_cause if ledger.tries else ""
+        return replace(state, ledger=_note(ledger, incident, cause, ""), first_cause=first)
     if was_free:
         ledger = replace(ledger, tries=ledger.tries + 1)  # it did not count so far, and does not begin to: the job goes on
     name = fingerprint(cause, incident.detail) if counted else ""

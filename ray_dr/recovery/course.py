@@ -17,7 +17,7 @@ from ray_dr.model.recovery import Node, Policy, Recovering, State
 from ray_dr.model.signal import FaultKind
 from ray_dr.recovery.fleet import find, given_up, put, ready_workers
 from ray_dr.recovery.groups import form, restore_of
-from ray_dr.recovery.ladder import Situation, choose, seconds, weighed
+from ray_dr.recovery.ladder import Situation, choose, expected_s, seconds, weighed
 from ray_dr.recovery.words import NOTHING_DUE, also, count
 
 PATIENCE, PATIENCE_LEAST_S = 1.5, 1.0
@@ -57,9 +57,9 @@ def go_on(decision: Decision, phase: Recovering, at: float, policy: Policy) -> D
         if held is None:
             patience_s = min(policy.start_s, max(PATIENCE * way.wait_s, way.wait_s + PATIENCE_LEAST_S))
             held = Plan(phase.incident.number, at, now.wanted, way, besides, at + patience_s)
-        text = f"{weighed(way, besides, now.wanted)}; at most {seconds(held.hold_until - at)}"
+        text = f"{weighed(way, besides, now.wanted)}; it waits {seconds(held.hold_until - at)} at most"
         return also(decision, Decision(replace(state, plan=held), (), text))
-    late = held is not None and way.wait_s > 0
+    late = held is not None and at >= held.hold_until
     if way.wait_s > 0:
         way, besides = choose(replace(now, starting=(), coming=0, spare=0), policy.measured)
         assert way is not None, "a worker is up"
@@ -97,11 +97,10 @@ def situation(state: State, phase: Recovering, at: float, policy: Policy) -> Sit
 
 
 def _left_s(node: Node, at: float, policy: Policy) -> tuple[float, ...]:
-    """Seconds until each of the node's starting processes is expected; of one that is overdue, the longer the less soon."""
+    """Seconds until each of the node's starting processes is expected."""
     if not node.starting or given_up(node, policy):
         return ()
-    passed_s = max(0.0, at - node.asked_at)
-    return (max(policy.measured.process_start_s - passed_s, passed_s / 4),) * node.starting
+    return (expected_s(policy.measured.process_start_s, max(0.0, at - node.asked_at)),) * node.starting
 
 
 def _steps_lost(state: State, found: VersionId | Literal["scratch"] | None) -> int:

@@ -81,6 +81,7 @@ def ways(now: Situation, measured: Measured) -> Iterator[Way]:
     lost_s = measured.step_s * (now.older_steps_lost if now.distrusted else 0 if now.twins else now.steps_lost)
     if now.bad_step and not now.distrusted and now.up >= now.wanted:
         yield Way(Rung.SKIP, now.up, 0.0, measured.step_s, measured.step_s)
+        lost_s += measured.step_s  # any other way does it again
     coming = arrivals(now, measured)
     for awaited in range(len(coming) + 1):
         workers = min(now.wanted, now.up + sum(arrival.workers for arrival in coming[:awaited]))
@@ -99,7 +100,7 @@ def arrivals(now: Situation, measured: Measured) -> Sequence[Arrival]:
     if now.spare:
         each.append(Arrival(measured.process_start_s, now.spare, Rung.SPARE))
     if now.coming:
-        node_s = max(measured.node_join_s - now.asked_s, now.asked_s / 4, 0.0)  # overdue: the longer, the less soon
+        node_s = expected_s(measured.node_join_s, now.asked_s)
         each.append(Arrival(node_s + measured.process_start_s, now.coming, Rung.AUTOSCALE))
     found: list[Arrival] = []
     for arrival in sorted(each, key=lambda arrival: arrival.after_s):
@@ -109,6 +110,12 @@ def arrivals(now: Situation, measured: Measured) -> Sequence[Arrival]:
         else:
             found.append(arrival)
     return found
+
+
+def expected_s(takes_s: float, passed_s: float) -> float:
+    """Seconds until something is there that was asked for `passed_s` seconds ago. What is overdue is expected to take as long
+    again as it is late already."""
+    return abs(takes_s - passed_s)
 
 
 def _way(

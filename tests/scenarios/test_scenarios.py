@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shlex
+from enum import Enum
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -76,6 +77,8 @@ def _value(hint: Any, text: str) -> Any:
         return hint(text)
     if hint == tuple[str, ...]:
         return tuple(text.split(","))
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return hint(text)
     if hint is Group:
         attempt, members, restore = text.split(":", 2)
         return Group(int(attempt), tuple(members.split(",")), _version(restore))
