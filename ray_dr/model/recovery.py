@@ -148,6 +148,8 @@ class Recovering:
     since: float
     attempt: int = 0
     """The attempt that broke."""
+    began: VersionId | None = None
+    """What it had begun from."""
 
 
 @dataclass(frozen=True, slots=True)

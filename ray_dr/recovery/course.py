@@ -14,7 +14,6 @@ from ray_dr.model.actions import Decision, StartWorkers
 from ray_dr.model.checkpoint import VersionId
 from ray_dr.model.ladder import Plan
 from ray_dr.model.recovery import Node, Policy, Recovering, State
-from ray_dr.model.signal import FaultKind
 from ray_dr.recovery.fleet import find, given_up, put, ready_workers
 from ray_dr.recovery.groups import form, restore_of
 from ray_dr.recovery.ladder import Situation, choose, expected_s, seconds, weighed
@@ -22,8 +21,6 @@ from ray_dr.recovery.words import NOTHING_DUE, also, count
 
 PATIENCE, PATIENCE_LEAST_S = 1.5, 1.0
 """Workers are waited for this many times as long as expected, and at least so long; then it goes on without them."""
-DISTRUSTED = (FaultKind.STORAGE, FaultKind.CORRUPTION, FaultKind.NON_FINITE, FaultKind.LOSS_SPIKE)
-"""Causes after which what was found is older than the newest there is."""
 
 
 def asked(decision: Decision, at: float) -> Decision:
@@ -91,7 +88,7 @@ def situation(state: State, phase: Recovering, at: float, policy: Policy) -> Sit
         coming=missing,
         asked_s=max(0.0, at - phase.since),
         steps_lost=_steps_lost(state, phase.found),
-        distrusted=phase.incident.cause in DISTRUSTED,
+        distrusted=_is_older(phase),
         older_steps_lost=_steps_lost(state, phase.found),
     )
 
@@ -106,6 +103,12 @@ def _left_s(node: Node, at: float, policy: Policy) -> tuple[float, ...]:
 def _steps_lost(state: State, found: VersionId | Literal["scratch"] | None) -> int:
     restore = restore_of(found)
     return max(0, state.step - (restore.step if restore else 0))
+
+
+def _is_older(phase: Recovering) -> bool:
+    """Whether the version that was found is older than what the broken attempt had begun from, which must be bad then."""
+    found = restore_of(phase.found)
+    return phase.began is not None and (found is None or found < phase.began)
 
 
 def _plan_of(state: State, phase: Recovering) -> Plan | None:

@@ -50,7 +50,7 @@ def begin(state: State, group: Group, incident: Incident, policy: Policy, *, gon
     state, over = budget.charge(note_step(state, incident.step), incident, policy)
     if over is not None:
         return fail(state, group.attempt, unwinding, over.reason, resubmit=over.resubmit)
-    phase = Recovering(incident, unwinding, None, incident.at, group.attempt)
+    phase = Recovering(incident, unwinding, None, incident.at, group.attempt, group.restore)
     state = replace(state, phase=phase, incidents=incident.number, done=(), plan=None)
     state, requests = request_missing(state, policy)
     state, starts = start_missing(state, policy)

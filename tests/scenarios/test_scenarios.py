@@ -96,7 +96,7 @@ def _state(state: State) -> str:
     shown = [type(state.phase).__name__]
     for field in dataclasses.fields(state.phase):
         value = getattr(state.phase, field.name)
-        if field.name not in ("group", "since", "incident", "deadline") and value not in (None, False, ()):
+        if field.name not in ("group", "since", "incident", "deadline", "began") and value not in (None, False, ()):
             shown.append(f"{field.name}={_plain(value)}")
     group = getattr(state.phase, "group", None)
     incident = getattr(state.phase, "incident", None)

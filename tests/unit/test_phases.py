@@ -7,7 +7,16 @@ from dataclasses import dataclass, field, replace
 from ray_dr.actors.measuring import Measuring
 from ray_dr.checkpoint.pace import Pace
 from ray_dr.model.checkpoint import StepRecord, VersionId
-from ray_dr.model.events import FirstStep, InventoryTaken, NodeJoined, NodeLost, Tick, WorkerLost, WorkerReady, WorkerStopped
+from ray_dr.model.events import (
+    FirstStep,
+    InventoryTaken,
+    NodeJoined,
+    NodeLost,
+    Tick,
+    WorkerLost,
+    WorkerReady,
+    WorkerStopped,
+)
 from ray_dr.model.journal import Decided, JobOpened, Marked, Noted, Record, Restored
 from ray_dr.model.ladder import UNMEASURED, Measured, Rung
 from ray_dr.model.recovery import Queued, State
@@ -30,15 +39,18 @@ def lost_and_grown_again() -> Life:
     """Node b is lost, one rank goes on; 20 s later another node is there, and 2 s after it its worker."""
     life = five_steps()
     life.records.append(noted(105.0, FaultKind.NODE_GONE, Subject("b"), "node b is gone", since=104.8))
-    life.meet(NodeLost(105.0, "b", "closed", 5), WorkerStopped(105.1, "a/0.1", 1, 5), InventoryTaken(105.2, 1, VersionId(1, 3), 2))
+    life.meet(NodeLost(105.0, "b", "closed", 5), WorkerStopped(105.1, "a/0.1", 1, 5))
+    life.meet(InventoryTaken(105.2, 1, VersionId(1, 3), 2))
     life.records += [Marked(105.3, 2, "group_joined", 0.1), Restored(105.9, 2, 0, VersionId(1, 3), {"memory": 10}, 0.3, 0.2)]
-    life.meet(FirstStep(106.0, 2, 4), NodeJoined(125.0, "c"), WorkerReady(127.0, "c/0.1", "c"), WorkerStopped(128.0, "a/0.1", 2, 40))
+    life.meet(FirstStep(106.0, 2, 4), NodeJoined(125.0, "c"), WorkerReady(127.0, "c/0.1", "c"))
+    life.meet(WorkerStopped(128.0, "a/0.1", 2, 40))
     return life
 
 
 def test_each_part_is_timed_from_what_was_asked_to_what_was_answered() -> None:
     found = learned(lost_and_grown_again().records)
-    seen = {name: round(getattr(found, name), 3) for name in ("detect_s", "unwind_s", "inventory_s", "node_join_s", "process_start_s")}
+    names = "detect_s", "unwind_s", "inventory_s", "node_join_s", "process_start_s"
+    seen = {name: round(getattr(found, name), 3) for name in names}
     # Two workers took 0.2 s each, the third two seconds; two nodes joined 0.1 s after they were asked for, the third after 20.
     assert seen == {"detect_s": 0.21, "unwind_s": 0.1, "inventory_s": 0.2, "node_join_s": 0.1, "process_start_s": 0.2}
 
@@ -140,7 +152,8 @@ def test_who_is_waited_for_is_part_of_what_was_expected() -> None:
     life = five_steps()
     life.policy = replace(policy_of(SPEC), measured=quick)
     life.meet(WorkerLost(105.0, "b/0.1", "b", "killed", 5), WorkerStopped(105.1, "a/0.1", 1, 5))
-    life.meet(InventoryTaken(105.15, 1, VersionId(1, 3), 2), Tick(105.2), WorkerReady(105.45, "b/0.2", "b"), FirstStep(106.0, 2, 4))
+    life.meet(InventoryTaken(105.15, 1, VersionId(1, 3), 2), Tick(105.2), WorkerReady(105.45, "b/0.2", "b"))
+    life.meet(FirstStep(106.0, 2, 4))
     (report,) = incidents(life.records)
     assert report.plan is not None
     assert (report.plan.way.rung, report.plan.way.workers) == (Rung.PROCESS, 2)
