@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 
 from ray_dr.actors.measuring import Measuring
 from ray_dr.checkpoint.pace import Pace
+from ray_dr.cli.timeline import describe
 from ray_dr.model.checkpoint import StepRecord, VersionId
 from ray_dr.model.events import (
     FirstStep,
@@ -144,6 +145,7 @@ def test_a_report_compares_what_was_expected_with_what_it_took() -> None:
     assert report.plan.way.next_step_s == UNMEASURED.begin_s
     assert report.took_s is not None
     assert round(report.took_s, 2) == 0.79
+    assert "\n  expected  shrink, the next step after 500 ms: it took 790 ms\n" in describe(report)
 
 
 def test_who_is_waited_for_is_part_of_what_was_expected() -> None:
