@@ -24,7 +24,7 @@ TWO = replace(ONE, nodes_max=2, attempts_without_progress=1)
 FIXED = replace(TWO, nodes_min=2, min_nodes_to_run=2)
 THREE = replace(ONE, nodes_max=3, attempts_without_progress=2)
 PAIRS = replace(TWO, workers_per_node=2)
-QUICK = replace(PAIRS, measured=Measured(process_start_s=0.5), attempts_without_progress=2)
+QUICK = replace(PAIRS, measured=Measured(process_start_s=0.5))
 """Worth waiting for: going on at once would mean a second interruption for hardly any time gained."""
 
 LIVES = {
