@@ -35,6 +35,7 @@ PURE_FILES = (
     "checkpoint/pace.py", "checkpoint/failures.py", "checkpoint/duty.py", "checkpoint/mesh.py", "checkpoint/cut.py",
     "repository/retention.py", "telemetry/timeline.py", "telemetry/lineage.py",
     "telemetry/preemptions.py",
+    "telemetry/phases.py",
 )  # fmt: skip
 IMPURE = (
     "time", "random", "secrets", "threading", "asyncio", "multiprocessing", "concurrent", "os", "io", "pathlib",

@@ -23,6 +23,7 @@ import ray
 from ray_dr.actors.forming import disk_place
 from ray_dr.actors.keeping import Keeping
 from ray_dr.actors.machines import Machines
+from ray_dr.actors.measuring import Measuring
 from ray_dr.actors.notices import Notices
 from ray_dr.actors.perform import Performer
 from ray_dr.actors.progress import Progress
@@ -61,6 +62,7 @@ from ray_dr.model.signal import Notice
 from ray_dr.model.upload import Upload
 from ray_dr.recovery.fleet import idle_workers
 from ray_dr.recovery.groups import group_of
+from ray_dr.recovery.inquest import Inquest
 from ray_dr.recovery.machine import initial, step
 from ray_dr.recovery.policy import policy_of
 from ray_dr.stores.unconditional import GUARANTEE
@@ -106,7 +108,9 @@ class Host:
         self.machines = Machines(self)
         self.notices = Notices(self)
         self.perform = Performer(self, train, token)
-        self._tuning = Tuning(self)
+        self._measuring = Measuring(self)
+        self._tuning = Tuning(self, self._measuring)
+        self._inquest = Inquest()
         self._senses = Senses(self)
         self.vigil = self._senses.vigil
         self._live = Live(self.store, job.name, self.term, clock=time.time)
@@ -144,7 +148,10 @@ class Host:
 
     def note(self, name: str, **fields: object) -> None:
         """Something worth knowing that is no decision."""
-        self.journal.append(Noted(time.time(), name, fields))
+        record = Noted(time.time(), name, fields)
+        self.journal.append(record)
+        if name == "finding":  # of the loop's own thread
+            self._learn(record)
 
     def wait(self, timeout_s: float) -> bool:
         """Whether the job is over and closed, within `timeout_s`."""
@@ -191,6 +198,7 @@ class Host:
             self._senses.noticed(node, (notice,))
         if self._mailbox.empty():  # else what it has heard may only not have been looked at
             self._senses.look()
+            self._diagnose()
         if time.monotonic() - self._paced_at > PACE_S:
             self._paced_at = time.monotonic()
             self.decide(Tick(time.time()))
@@ -210,6 +218,7 @@ class Host:
         record = Decided(time.time(), self.term, self._seq, event, decision.state, decision.actions, decision.reason)
         self.journal.append(record)
         self._tuning.heard(record)
+        self._learn(record)
         self.notices.heard(record)
         if isinstance(event, NodeJoined):
             self.notices.joined(event.node)
@@ -229,11 +238,25 @@ class Host:
                 self._senses.released(action.node, node=True)
             self.perform.perform(action)
 
+    def _learn(self, record: Record) -> None:
+        self._measuring.heard(record)
+        self._inquest.hear(record)
+
+    def _diagnose(self) -> None:
+        try:
+            diagnosed = self._inquest.verdict(self.state, time.time())
+        except Exception as error:  # a supervisor that ended of it would meet the same again, and end again
+            self.note("diagnosis.failed", error=repr(error))
+            return
+        if diagnosed is not None:
+            self.decide(diagnosed)
+
     def _housekeep(self) -> None:
         for node, last in self._acks.items():
             if self.journal.lag_s == 0.0:
                 self.perform.ack(node, last)
         self._tuning.tune(group_of(self.state))
+        self._measuring.look()
 
     # -- opening and closing
 
@@ -327,6 +350,7 @@ class Host:
             case _:
                 self.journal.append(record)
                 self._tuning.heard(record)
+                self._measuring.heard(record)
 
     def _stepped(self, stepped: Stepped) -> None:
         record = stepped.record

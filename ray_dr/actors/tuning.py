@@ -15,6 +15,7 @@ from ray_dr.telemetry.journal import ATTEMPTS, ROLLBACKS, read_tail
 
 if TYPE_CHECKING:
     from ray_dr.actors.host import Host
+    from ray_dr.actors.measuring import Measuring
 
 COUNT_S = 120.0
 """The count is noted this often, and the attempt, so that a later life reads no more of the journal than what came since."""
@@ -24,8 +25,8 @@ SEGMENTS_MOST = 1000
 class Tuning:
     """Called by the loop, but for `recall`'s thread, which only assigns."""
 
-    def __init__(self, host: Host) -> None:
-        self._host = host
+    def __init__(self, host: Host, measuring: Measuring | None = None) -> None:
+        self._host, self._measuring = host, measuring
         self._recalled = False
         self._counted_at = time.monotonic()
         self._unmet = ""
@@ -74,6 +75,8 @@ class Tuning:
             self._counted_at = now
             self._host.note(COUNTED, **fields, **{ATTEMPTS: self._host.state.attempt},
                             **{ROLLBACKS: to_json(self._host.state.rollbacks)})  # fmt: skip
+            if self._measuring is not None:  # a later life reads no further back
+                self._measuring.tell()
 
     def _recall(self) -> None:
         host = self._host
@@ -83,6 +86,8 @@ class Tuning:
                 begins=lambda record: isinstance(record, Noted) and record.name == COUNTED,
             )  # fmt: skip
             host.pace.losses.past = count_losses(records)
+            if self._measuring is not None:
+                self._measuring.recall(records)
         except (StoreError, ValueError) as error:
             host.note("losses.unknown", error=str(error))  # the rates begin anew
         self._recalled = True

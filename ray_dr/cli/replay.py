@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import click
 
 from ray_dr.cli.main import FAILED
@@ -13,6 +15,7 @@ from ray_dr.model.codec import from_json
 from ray_dr.model.events import Event
 from ray_dr.model.job import Job
 from ray_dr.model.journal import Decided, JobOpened
+from ray_dr.model.ladder import Measured
 from ray_dr.model.recovery import Policy, State
 from ray_dr.recovery.machine import initial, step
 from ray_dr.recovery.policy import policy_of
@@ -37,10 +40,10 @@ def command(job: str, store: str | None, as_json: bool) -> None:
         raise SystemExit(FAILED)
 
 
-def _decide(state: State, event: Event, opened: JobOpened | None) -> Decision:
+def _decide(state: State, event: Event, opened: JobOpened | None, measured: Measured) -> Decision:
     if opened is None:
         raise StoreError("the journal does not say what the job ran with: its first segment is missing")
-    return step(state, event, _policy(opened))
+    return step(state, event, replace(_policy(opened), measured=measured))
 
 
 def _policy(opened: JobOpened) -> Policy:

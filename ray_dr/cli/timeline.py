@@ -12,6 +12,8 @@ from ray_dr.cli.words import clock, duration, print_json, short, size, table, va
 from ray_dr.model.codec import to_json
 from ray_dr.model.events import NodeLeaving
 from ray_dr.model.journal import Decided, JobOpened, Noted, Record
+from ray_dr.model.ladder import Plan
+from ray_dr.telemetry.phases import MEASURED
 from ray_dr.telemetry.preemptions import WORD
 from ray_dr.telemetry.timeline import IncidentReport, incidents
 
@@ -41,7 +43,7 @@ def moments(records: Iterable[Record]) -> Iterator[tuple[float, str, str]]:
         match record:
             case JobOpened():
                 yield record.at, "opened", f"term {record.term}, Python {record.python}, Ray {record.ray}"
-            case Noted(name=name) if name == COUNTED:
+            case Noted(name=name) if name in (COUNTED, MEASURED):
                 pass
             case Noted():
                 yield (
@@ -67,11 +69,19 @@ def describe(report: IncidentReport) -> str:
     lines = [head, f"  subject   {incident.subject}", f"  decision  {short(report.reason)}"]
     if report.expectation:
         lines.append(f"  then      {short(report.expectation)}")
+    if report.plan is not None:
+        lines.append(f"  expected  {expected(report.plan, report.took_s)}")
     rows = [(name, duration(at), duration(took)) for name, at, took in spans(report.phases)]
     lines += [f"  {line}" for line in table(("phase", "after", "took"), rows, right=(1, 2)).splitlines()]
     read = ", ".join(f"{size(count)} from {kind}" for kind, count in report.bytes.items()) or "nothing"
     outcome = f"attempt {report.attempt}" if report.attempt else "not over yet"
     return "\n".join([*lines, f"  {outcome}: {report.steps_lost} steps lost, read {read}"])
+
+
+def expected(plan: Plan, took_s: float | None) -> str:
+    """What was expected of the way that was taken, and what became of it."""
+    what = f"{plan.way.rung}, the next step after {duration(plan.way.next_step_s)}"
+    return f"{what}: it took {duration(took_s)}" if took_s is not None else what
 
 
 def spans(phases: dict[str, float]) -> Sequence[tuple[str, float, float]]:

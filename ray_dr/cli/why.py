@@ -12,6 +12,7 @@ import click
 
 from ray_dr.cli.main import INTERRUPTED, exit_status
 from ray_dr.cli.stored import find_job, job_argument
+from ray_dr.cli.timeline import expected
 from ray_dr.cli.words import duration, print_json, short
 from ray_dr.detection.classify import Diagnosis
 from ray_dr.detection.taxonomy import FAULTS
@@ -192,6 +193,7 @@ def describe(account: Account, story: Story, *, now: float) -> str:
         *(("set aside", text) for text in _set_aside(account.diagnosis)),
         *(("besides", _cut(finding.evidence)) for finding in account.diagnosis.besides[:NAMED]),
         *_after(account, [("known by", at, text) for at, text in known_by(account)]),
+        ("counts", counts(account)),
         *_after(account, [("tried", at, text) for at, text in tried(account)]),
         *(("cost", text) for text in cost(account, story, now=now)),
         ("to do", to_do(account, story)),
@@ -260,6 +262,15 @@ def known_by(account: Account) -> Iterator[tuple[float, str]]:
     yield from sorted(said, key=lambda pair: pair[0])
 
 
+def counts(account: Account) -> str:
+    """What the failure takes from the job's allowance."""
+    fault = account.diagnosis.fault
+    if not fault.charged:
+        return "not as a failure, however often it comes"
+    row = f"number {account.failures} in a row without a new step" if account.failures else "a new step came before it"
+    return f"as a failure {fault.budget}, {row}"
+
+
 def tried(account: Account) -> Iterator[tuple[float, str]]:
     """(UTC seconds, in words) of what was done, and why; the middle of a long story is left out."""
     lines = [(step.at, _reason(step.reason, step.actions, step.times)) for step in account.tried]
@@ -283,6 +294,8 @@ def cost(account: Account, story: Story, *, now: float) -> Iterator[str]:
         yield f"{took} until the job ended, and no step before that: {parts}"
     else:
         yield f"{took} without a step so far: {parts}"
+    if account.report.plan is not None and account.report.took_s is not None:
+        yield f"expected was: {expected(account.report.plan, account.report.took_s)}"
     yield from _lost(account)
 
 
@@ -479,4 +492,5 @@ def _incident(account: Account, story: Story, now: float) -> dict[str, Any]:
         "without_step_s": without_step_s(account, story, now),
         "phases_s": account.spans, "again_s": account.again_s, "steps_lost": report.steps_lost,
         "samples": to_json(account.samples), "charged": fault.charged, "to_do": to_do(account, story),
+        "budget": fault.budget, "failures": account.failures, "plan": to_json(report.plan), "took_s": report.took_s,
     }  # fmt: skip

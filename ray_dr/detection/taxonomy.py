@@ -1,7 +1,7 @@
 """What each kind of failure means for a job, as data.
 
 charged     whether it counts against the budget of failures. What is announced, or what the job is not to blame for and can't
-            repeat for ever, is not; everything else is bounded, by progress (recovery.incidents)
+            repeat for ever, is not; everything else is bounded, by progress (recovery.budget)
 resubmit    whether running the job again can help, once it is given up
 exit_code   of `ray-dr run` when the job ends of it: 1 (running it again continues it) or 3 (do not resubmit)
 remedy      what to try first, in words for `ray-dr why`

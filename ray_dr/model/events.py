@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from ray_dr.model.checkpoint import VersionId
 from ray_dr.model.departure import Rates
 from ray_dr.model.recovery import Group, Rollback
+from ray_dr.model.signal import FaultKind
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,6 +236,20 @@ class Rescued:
 
 
 @dataclass(frozen=True, slots=True)
+class Diagnosed:
+    """What all that was found so far comes to: the root cause of an incident, which may not be what was seen first.
+
+    incident   its number; only the newest one's matters
+    cause      its kind; subject: the node or worker it struck, empty where that is not known
+    """
+
+    at: float
+    incident: int
+    cause: FaultKind
+    subject: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """Time passes."""
 
@@ -244,5 +259,5 @@ class Tick:
 Event = (
     Opened | NodeJoined | NodeLost | WorkerReady | WorkerLost | Hung | WorkerRaised | WorkerStopped | WorkerReturned
     | FirstStep | InventoryTaken | Saved | StopRequested | FencedOff | ActionFailed | Adopted | Tick | Rescued | NodeLeaving
-    | Diverged | Corrupted
+    | Diverged | Corrupted | Diagnosed
 )  # fmt: skip

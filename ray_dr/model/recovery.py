@@ -12,8 +12,11 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal
 
+from ray_dr.model.budget import NOTHING_COUNTED, Ledger
 from ray_dr.model.checkpoint import VersionId
 from ray_dr.model.departure import Departure
+from ray_dr.model.ladder import UNMEASURED, Measured, Plan
+from ray_dr.model.signal import FaultKind
 
 # ---------------------------------------------------------------------------------------------------- parts of a state
 
@@ -48,6 +51,10 @@ class Incident:
     step: int
     """The last step known to be done when it happened."""
     detail: str = ""
+    cause: FaultKind | None = None
+    """What the root cause is, as far as it is known: what a failure counts as goes by it (`detection.taxonomy`)."""
+    root: str = ""
+    """The node or worker that detection names, where that is not `subject`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +72,8 @@ class Node:
     ready: tuple[str, ...] = ()
     lost: tuple[str, ...] = ()
     failed_starts: int = 0
+    asked_at: float = 0.0
+    """When the newest of its processes was asked for, UTC seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +102,8 @@ class Policy:
     rescue_s: float = 10.0
     """Survivors have this long to stage the state they stand at: 10 GB each, into memory nobody has touched before."""
     rollbacks: int = 3
+    measured: Measured = UNMEASURED
+    """What the parts of a recovery took so far: it says which way out is the shortest, never whether one is right."""
 
     @property
     def nodes_wanted(self) -> int:
@@ -191,6 +202,8 @@ class Recovering:
     since: float
     attempt: int = 0
     """The attempt that broke."""
+    began: VersionId | None = None
+    """What it had begun from."""
     standing: tuple[Standing, ...] = ()
     """Of those that have left it, the ones that still have a whole state."""
     rescue_until: float | None = None
@@ -290,3 +303,8 @@ class State:
     departures: tuple[Departure, ...] = ()
     rollbacks: tuple[Rollback, ...] = ()
     """How often the job had to go back to before something went wrong in training, oldest first: in its whole life."""
+    ledger: Ledger = NOTHING_COUNTED
+    not_before: float = 0.0
+    """UTC seconds before which no next group forms, after attempts that came to nothing; 0: at once."""
+    plan: Plan | None = None
+    """The way out of the newest incident, from when it was chosen until the first step after it."""

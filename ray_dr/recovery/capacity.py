@@ -24,7 +24,7 @@ from ray_dr.model.recovery import (
     State,
     Suspended,
 )
-from ray_dr.recovery import draining, incidents, preemption
+from ray_dr.recovery import budget, draining, incidents, preemption
 from ray_dr.recovery.fleet import (
     add,
     drop,
@@ -223,9 +223,8 @@ def _give_back(state: State, node: Node, reason: str, policy: Policy) -> Decisio
     state = _new_question(state)
     if isinstance(state.phase, Running | Starting | Resizing | Draining):
         return Decision(replace(state, requested=policy.nodes_wanted), release, f"{reason}: the node is given back")
-    state = replace(state, failures=state.failures + 1, first_cause=state.first_cause or reason, requested=0)
-    if state.failures > policy.attempts_without_progress:
-        why = f"{reason}; first: {state.first_cause}"
-        return Decision(replace(state, phase=Failed(why, resubmit=True)), (CloseJob("failed"),), why)
+    state, over = budget.charge_start(replace(state, requested=0), reason, policy)
+    if over is not None:
+        return Decision(replace(state, phase=Failed(over.reason, over.resubmit)), (CloseJob("failed"),), over.reason)
     state, requests = request_missing(state, policy)
     return Decision(state, (*release, *requests), f"{reason}: the node is given back, another one asked for")

@@ -14,6 +14,7 @@ from ray_dr.model.checkpoint import VersionId
 from ray_dr.model.events import (
     ActionFailed,
     Corrupted,
+    Diagnosed,
     Diverged,
     Event,
     FencedOff,
@@ -48,6 +49,7 @@ from ray_dr.model.recovery import (
     State,
     Suspended,
 )
+from ray_dr.model.signal import FaultKind
 from ray_dr.recovery.fleet import leaving, staying
 from ray_dr.recovery.groups import group_of
 from ray_dr.recovery.machine import initial, step
@@ -93,6 +95,8 @@ def alphabet(state: State, policy: Policy, at: float) -> Iterator[Event]:
     yield from _of_nodes(state, policy, at)
     yield from _of_workers(state, at)
     yield from _of_host(state, at)
+    if isinstance(state.phase, Recovering):
+        yield from (Diagnosed(at, state.incidents, cause, "a") for cause in (FaultKind.PREEMPTION, FaultKind.OUT_OF_MEMORY))
     yield from (Tick(at + wait) for wait in (policy.settle_s, policy.unwind_s, policy.start_s))
 
 
@@ -214,9 +218,18 @@ def _of_host(state: State, at: float) -> Iterator[Event]:
 def _timeless(value: Any, now: float) -> Any:
     """A state with its times as ages, so that the same situation at another time is the same."""
     if isinstance(value, State):
-        aged = replace(value, phase=_timeless(value.phase, now), changed_at=min(now - value.changed_at, 5.0),
-                       departures=tuple(replace(d, deadline=max(d.deadline - now, -1.0)) for d in value.departures))  # fmt: skip
-        return replace(aged, retry_at=None if value.retry_at is None else value.retry_at - now, first_cause="")
+        ledger, plan, nodes = value.ledger, value.plan, value.nodes
+        if any(node.asked_at for node in nodes):
+            nodes = tuple(replace(node, asked_at=min(now - node.asked_at, 5.0) if node.starting else 0.0) for node in nodes)
+        since = None if ledger.running_since is None else 0.0
+        plan = plan and replace(plan, at=0.0, hold_until=max(0.0, plan.hold_until - now))
+        ledger = replace(ledger, ran_s=0.0, running_since=since, roots=tuple(replace(r, ran_s=0.0) for r in ledger.roots))
+        return replace(
+            value, phase=_timeless(value.phase, now), changed_at=min(now - value.changed_at, 5.0), nodes=nodes, ledger=ledger,
+            retry_at=None if value.retry_at is None else value.retry_at - now, first_cause="",
+            not_before=max(0.0, value.not_before - now), plan=plan,
+            departures=tuple(replace(d, deadline=max(d.deadline - now, -1.0)) for d in value.departures),
+        )  # fmt: skip
     times = {f.name for f in fields(value)} & {"since", "deadline"}
     changes: dict[str, Any] = {name: getattr(value, name) - now for name in times}
     if getattr(value, "rescue_until", None):

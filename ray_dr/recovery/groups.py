@@ -40,7 +40,7 @@ def group_of(state: State) -> Group | None:
 def can_begin(state: State, at: float, policy: Policy) -> bool:
     """Whether a queued or suspended job has the nodes to form a group."""
     if isinstance(state.phase, Suspended):
-        return usable_nodes(state) >= policy.min_nodes_to_run
+        return at >= state.not_before and usable_nodes(state) >= policy.min_nodes_to_run
     begins = begins_at(state, policy)
     return begins is not None and at >= begins and usable_nodes(state) >= policy.min_nodes_to_run
 

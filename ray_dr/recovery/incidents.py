@@ -22,7 +22,9 @@ from ray_dr.model.recovery import (
     Starting,
     State,
 )
-from ray_dr.recovery import preemption
+from ray_dr.model.signal import FaultKind
+from ray_dr.recovery import budget, preemption
+from ray_dr.recovery.causes import first_cause
 from ray_dr.recovery.fleet import ranked, ready_workers, request_missing, start_missing, usable_nodes
 from ray_dr.recovery.groups import take_inventory
 from ray_dr.recovery.standbys import in_words, takers
@@ -32,9 +34,11 @@ SYMPTOMS = (FailureKind.GROUP_BROKEN, FailureKind.START_TIMEOUT)
 NODE_GONE = (FailureKind.NODE_LOST, FailureKind.PREEMPTED)
 
 
-def next_incident(state: State, kind: FailureKind, subject: str, at: float, step: int, detail: str) -> Incident:
-    """An incident with the next number; it counts only once it is begun."""
-    return Incident(state.incidents + 1, kind, subject, at, step, detail)
+def next_incident(
+    state: State, kind: FailureKind, subject: str, at: float, step: int, detail: str, cause: FaultKind | None = None
+) -> Incident:
+    """An incident with the next number; it counts only once it is begun. `cause`: where more is known than its kind says."""
+    return Incident(state.incidents + 1, kind, subject, at, step, detail, cause or first_cause(kind, detail))
 
 
 def note_step(state: State, step: int) -> State:
@@ -56,12 +60,13 @@ def begin(state: State, group: Group, incident: Incident, policy: Policy, *, gon
     gone   members that left by themselves; those that are not up any more need not be named
     """
     unwinding = _still_inside(state, group, gone)
-    state = note_step(state, incident.step)
-    state = state if preemption.excused(state, group.members, incident) else _count_failure(state, describe(incident))
-    if state.failures > policy.attempts_without_progress:
-        return fail(state, group.attempt, unwinding, _no_progress(state), resubmit=True)
-    phase = Recovering(incident, unwinding, None, incident.at, group.attempt)
-    state = replace(state, phase=phase, incidents=incident.number, done=())
+    if preemption.excused(state, group.members, incident):
+        incident = replace(incident, cause=FaultKind.PREEMPTION)
+    state, over = budget.charge(note_step(state, incident.step), incident, policy)
+    if over is not None:
+        return fail(state, group.attempt, unwinding, over.reason, resubmit=over.resubmit)
+    phase = Recovering(incident, unwinding, None, incident.at, group.attempt, group.restore)
+    state = replace(state, phase=phase, incidents=incident.number, done=(), plan=None)
     state, requests = request_missing(state, policy)
     state, starts = start_missing(state, policy)
     reason = f"{describe(incident)}: {_remaining(state, group, policy)}"
@@ -130,6 +135,7 @@ def further_loss(state: State, phase: Recovering, loss: Incident, workers: Colle
         if incident.kind is FailureKind.USER_ERROR:
             state = replace(state, last_error=None)
         incident = replace(loss, number=incident.number, at=incident.at)
+        state = budget.recharge(state, incident, policy)
     state = replace(state, phase=replace(phase, incident=incident, unwinding=unwinding))
     state, requests = request_missing(state, policy)
     state, starts = start_missing(state, policy)
@@ -160,20 +166,6 @@ def _remaining(state: State, group: Group, policy: Policy) -> str:
     if policy.has_standbys and (taken := takers(group.members, ranked(state, policy))):
         return f"{of} left, standby {in_words(taken)}"
     return f"going on with {of}" if usable_nodes(state) >= policy.min_nodes_to_run else f"{of} left"
-
-
-def _count_failure(state: State, cause: str) -> State:
-    progress = state.step > state.reached
-    return replace(
-        state,
-        failures=0 if progress else state.failures + 1,
-        first_cause=cause if progress or not state.first_cause else state.first_cause,
-        reached=max(state.reached, state.step),
-    )
-
-
-def _no_progress(state: State) -> str:
-    return f"{state.failures} attempts in a row made no new step after step {state.step}; first: {state.first_cause}"
 
 
 def _abort(attempt: int, members: tuple[str, ...]) -> tuple[Action, ...]:

@@ -33,8 +33,10 @@ def check(before: State, event: Event, decision: Decision, policy: Policy, *, wa
     assert len(after.rollbacks) >= len(before.rollbacks), "what went wrong is never forgotten"
     again = sum(back.diverged for back in after.rollbacks)
     assert again <= max(policy.rollbacks, sum(back.diverged for back in before.rollbacks)) or isinstance(event, Opened), "bounded"
+    held = after.plan is not None and after.plan.hold_until > after.plan.at + policy.start_s
+    assert not held, "I9: nobody is waited for without end"
     _check_quiet(before, decision, walk=walk)
-    _check_groups(before, decision, policy)
+    _check_groups(before, decision, policy, event.at)
     _check_end(before, decision)
 
 
@@ -51,9 +53,10 @@ def _check_quiet(before: State, decision: Decision, *, walk: bool) -> None:
             assert set(phase.unwinding) <= set(known), "who unwinds is alive"
 
 
-def _check_groups(before: State, decision: Decision, policy: Policy) -> None:
+def _check_groups(before: State, decision: Decision, policy: Policy, at: float) -> None:
     formed = [action.group for action in decision.actions if isinstance(action, FormGroup)]
     assert len(formed) <= 1, "one group at a time"
+    assert not formed or at >= decision.state.not_before, "I12: attempts that came to nothing are followed by a pause"
     for group in formed:
         past = max(before.attempt, group.restore.attempt if group.restore else 0)
         assert group.attempt == past + 1, "I8: the next attempt"

@@ -20,7 +20,8 @@ from ray_dr.model.recovery import (
     Starting,
     State,
 )
-from ray_dr.recovery import draining, incidents, preemption
+from ray_dr.model.signal import FaultKind
+from ray_dr.recovery import budget, draining, incidents, preemption
 from ray_dr.recovery.groups import group_of
 from ray_dr.recovery.row import place_of
 from ray_dr.recovery.words import also, describe, ignored
@@ -72,10 +73,11 @@ def raised(state: State, event: WorkerRaised, policy: Policy) -> Decision:
     if stale:
         return ignored(state, stale)
     kind = FailureKind.GROUP_BROKEN if event.collateral else FailureKind.USER_ERROR
-    incident = incidents.next_incident(state, kind, event.worker, event.at, event.step, event.error)
+    cause = FaultKind.STORAGE if event.unreadable else None
+    incident = incidents.next_incident(state, kind, event.worker, event.at, event.step, event.error, cause)
     match state.phase:
         case Recovering() as recovering:
-            return _raised_while_recovering(state, recovering, incident)
+            return _raised_while_recovering(state, recovering, incident, policy)
         case Starting(group) | Running(group) | Resizing(group) | Draining(group=Group() as group, suspends=True):
             if event.collateral:
                 return incidents.begin(state, group, incident, policy, gone=(event.worker,))
@@ -120,7 +122,7 @@ def _unwound(state: State, phase: Recovering, worker: str, how: str) -> Decision
     return Decision(replace(state, phase=replace(phase, unwinding=unwinding)), (), f"worker {worker} {how}, {rest}")
 
 
-def _raised_while_recovering(state: State, phase: Recovering, incident: Incident) -> Decision:
+def _raised_while_recovering(state: State, phase: Recovering, incident: Incident, policy: Policy) -> Decision:
     """One more member is out. Its own error is the cause where only symptoms were seen; the same again is judged later.
 
     The error counts as the last one, so that its next occurrence ends the job.
@@ -136,6 +138,7 @@ def _raised_while_recovering(state: State, phase: Recovering, incident: Incident
         reason = incidents.again(incident)
         return incidents.fail(decision.state, phase.attempt, recovering.unwinding, reason, resubmit=False)
     after = replace(decision.state, phase=replace(recovering, incident=cause), last_error=error)
+    after = budget.recharge(after, cause, policy)
     return replace(decision, state=after, reason=f"{decision.reason}; it is the cause of incident {cause.number}")
 
 

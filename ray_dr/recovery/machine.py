@@ -10,7 +10,8 @@ it does not matter which of the awaited things came last.
     Running     steps are done; idle workers that have settled make it Resizing; all returned: Finishing
     Resizing    the group stops at a common step, the next group goes on from exactly there
     Recovering  survivors leave the broken step while the host takes an inventory; both done: the next group, from the
-                state they still have (`rescue`) where that is newer and whole
+                state they still have (`rescue`) where that is newer and whole, by the shortest way (`course`), which may
+                be to wait a little for workers that are about to be up
     Suspended   the same, without enough nodes to go on
     Draining    asked to stop: common step, save everywhere, end; or the newest version there is, if the group is broken
     Finishing   the last version is being committed
@@ -18,7 +19,7 @@ it does not matter which of the awaited things came last.
 Rules that hold throughout. A group is formed only of workers that are up and have left every earlier group. Nothing
 said about an older attempt, an unknown node or an ended worker changes anything. A memory copy can vanish with a node,
 so whatever was found before a node was lost is looked for again. Repetition is bounded: a row of attempts without a new
-step ends the job, and so does the same error of the program at the same step.
+step ends the job (`budget`), and so does the same error of the program at the same step.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from ray_dr.model.events import (
     ActionFailed,
     Adopted,
     Corrupted,
+    Diagnosed,
     Diverged,
     Event,
     FencedOff,
@@ -66,9 +68,20 @@ from ray_dr.model.recovery import (
     State,
     Suspended,
 )
-from ray_dr.recovery import capacity, divergence, draining, incidents, leaving, preemption, rescue
+from ray_dr.recovery import (
+    budget,
+    capacity,
+    causes,
+    course,
+    divergence,
+    draining,
+    incidents,
+    leaving,
+    preemption,
+    rescue,
+)
 from ray_dr.recovery.fleet import gained, ranked, request_missing, start_missing, staying, still_starting, usable_nodes
-from ray_dr.recovery.groups import answered, begins_at, can_begin, form, restore_of, take_inventory
+from ray_dr.recovery.groups import answered, begins_at, can_begin, form, take_inventory
 from ray_dr.recovery.quarantine import out_of_reach
 from ray_dr.recovery.words import NOTHING_DUE, also, count, ignored
 
@@ -85,7 +98,7 @@ def step(state: State, event: Event, policy: Policy) -> Decision:
     """What follows from an event. One that changes nothing gives the very same state, no actions, and the reason."""
     if isinstance(state.phase, Finished | Failed):
         return ignored(state, "the job is over")
-    decision = _learn(state, event, policy)
+    decision = course.asked(_learn(state, event, policy), event.at)
     if isinstance(state.phase, Draining) and state.phase.suspends:
         decision = preemption.waits_instead(decision, type(event), event.at, policy)
     if decision.state is not state or isinstance(event, Tick):
@@ -138,6 +151,8 @@ def _learn(state: State, event: Event, policy: Policy) -> Decision:
             return _tick(state, event, policy)
         case Rescued():
             return rescue.ended(state, event, policy)
+        case Diagnosed():
+            return causes.diagnosed(state, event, policy)
         case _:
             assert_never(event)
 
@@ -151,10 +166,8 @@ def _go_on(decision: Decision, at: float, policy: Policy) -> Decision:
         case Recovering(unwinding=()) as phase if phase.found is not None:
             if (first := rescue.instead(state, phase, at, policy)) is not None:
                 return also(decision, first) if first.actions else decision
-            if lost := rescue.lost_without(state, phase):
-                decision = also(decision, Decision(state, (), lost))
             if usable_nodes(state) >= policy.min_nodes_to_run:
-                return also(decision, form(state, restore_of(phase.found), at, policy))
+                return course.go_on(decision, phase, at, policy)
             return also(decision, preemption.keep_found(state, phase, at, policy) or _suspend(state, phase, at, policy))
         case Running() as phase:
             state = (decision := preemption.released(decision, policy)).state
@@ -218,10 +231,10 @@ def _first_step(state: State, event: FirstStep) -> Decision:
     phase = state.phase
     if not isinstance(phase, Starting) or event.attempt != phase.group.attempt:
         return ignored(state, f"no first step of attempt {event.attempt} is awaited")
-    after = replace(state, phase=Running(phase.group))
+    after = budget.ran(replace(state, phase=Running(phase.group)), event.at)
     if event.step > state.reached:
         # Only a step nobody has done before is progress: else a fault at one step could repeat for ever.
-        after = replace(after, failures=0)
+        after = budget.progressed(after)
     members = count(len(phase.group.members), "worker")
     return Decision(incidents.note_step(after, event.step), (), f"attempt {event.attempt} runs with {members}")
 
@@ -240,6 +253,10 @@ def _inventory_taken(state: State, event: InventoryTaken, policy: Policy) -> Dec
             return Decision(after, (), f"{found} can be restored")
         case Draining() as phase:
             return draining.save_found(state, phase, newest)
+        case Suspended(incident=incident) if incident is not None and can_begin(state, event.at, policy):
+            # As after a loss: it may be worth waiting for more that are about to be up.
+            recovering = Recovering(incident, (), newest or "scratch", event.at, state.attempt)
+            return Decision(replace(state, phase=recovering), (), f"{found} can be restored")
         case Queued() | Suspended() as phase:
             after = replace(state, phase=replace(phase, asked=False))
             if can_begin(after, event.at, policy):

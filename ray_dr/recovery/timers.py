@@ -14,8 +14,10 @@ from ray_dr.model.recovery import (
     Running,
     Starting,
     State,
+    Suspended,
 )
-from ray_dr.recovery.fleet import gained, staying, still_starting
+from ray_dr.recovery.course import held_until
+from ray_dr.recovery.fleet import gained, staying, still_starting, usable_nodes
 from ray_dr.recovery.groups import begins_at
 
 
@@ -46,6 +48,10 @@ def _deadline(state: State, policy: Policy) -> float | None:
             return since + policy.unwind_s
         case Recovering(rescue_until=until) if until:
             return until
+        case Recovering() as phase if phase.found is not None:
+            return held_until(state, phase)
+        case Suspended(asked=False) if usable_nodes(state) >= policy.min_nodes_to_run:
+            return state.not_before
         case Draining(deadline=deadline):
             return deadline
         case _:

@@ -55,6 +55,7 @@ class Account:
     again_s    from then until the job was past the last step it had done before; None: not yet
     cut_by     the number of the failure that came before the next step; 0: none did
     samples    None: no step was lost, or the program's samples are not ray_dr's
+    failures   in a row without a new step, with this one; 0: there was a new step before it, or it does not count
     """
 
     number: int
@@ -69,6 +70,7 @@ class Account:
     cut_by: int
     tried: tuple[Tried, ...]
     samples: Samples | None
+    failures: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,7 +221,15 @@ def _account(
         cut_by=window.cut_by,
         tried=tuple(_tried(records, window)),
         samples=samples,
+        failures=_failures(records, window),
     )
+
+
+def _failures(records: Sequence[Record], window: _Window) -> int:
+    """As they were counted when all was known of it."""
+    states = [r.state for r in records[window.start : window.until] if isinstance(r, Decided)]
+    open_ = [state for state in states if isinstance(state.phase, Recovering | Suspended)]
+    return open_[-1].failures if open_ else 0
 
 
 def _capacity(records: Sequence[Record], window: _Window) -> dict[str, float]:

@@ -11,6 +11,7 @@ from ray_dr.model.actions import CloseJob, FormGroup, KillWorker, ReleaseNode, R
 from ray_dr.model.checkpoint import VersionId
 from ray_dr.model.events import (
     Adopted,
+    Diagnosed,
     Event,
     FirstStep,
     NodeJoined,
@@ -22,6 +23,7 @@ from ray_dr.model.events import (
     WorkerReady,
 )
 from ray_dr.model.recovery import Failed, Finished, Group
+from ray_dr.model.signal import FaultKind
 from ray_dr.recovery.adoption import Living, living_group, who_left
 from ray_dr.recovery.invariants import check
 from ray_dr.recovery.machine import initial, step
@@ -160,6 +162,8 @@ class Supervisor:
         if self.alive and self.perform.agents.get(agent.node.id) is agent:
             self.perform.bury(agent)
             self.post(NodeLost(self.world.clock.now, agent.node.id, how, self.progress))
+            if agent.node.leaves_at is not None:
+                self.post(Diagnosed(self.world.clock.now, self.state.incidents, FaultKind.PREEMPTION, agent.node.id))
 
     def first_step(self, attempt: int, done: int) -> None:
         """Every member has done the first step of an attempt."""

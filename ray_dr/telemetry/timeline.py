@@ -25,8 +25,10 @@ from ray_dr.model.journal import (
     VersionSaved,
     Where,
 )
+from ray_dr.model.ladder import Measured, Plan
 from ray_dr.model.recovery import Failed, Finished, Incident, Recovering, Resizing, Running, Starting, State, Suspended
 from ray_dr.telemetry.lineage import bases, loss_curve, steps, verify_data
+from ray_dr.telemetry.phases import MEASURED, read
 from ray_dr.telemetry.preemptions import in_words, still_there
 from ray_dr.telemetry.tiers import Row, fold
 
@@ -93,6 +95,8 @@ class IncidentReport:
     steps_lost   steps that had been done and had to be done again
     bytes        bytes read per kind of source
     reason       of the decision that began the recovery; `expectation`: of the one that formed the next group
+    plan         the way that was chosen first, and what was expected of it; None: none was so far
+    took_s       seconds from then until the next step: what `plan.way.next_step_s` predicts
     """
 
     incident: Incident
@@ -104,6 +108,8 @@ class IncidentReport:
     bytes: dict[str, int]
     reason: str
     expectation: str
+    plan: Plan | None = None
+    took_s: float | None = None
 
 
 def status(records: Iterable[Record]) -> JobStatus:
@@ -171,21 +177,26 @@ def incidents(records: Iterable[Record]) -> tuple[IncidentReport, ...]:
 
 
 def replay(
-    records: Iterable[Record], step_fn: Callable[[State, Event, JobOpened | None], Decision], initial: State
+    records: Iterable[Record], step_fn: Callable[[State, Event, JobOpened | None, Measured], Decision], initial: State
 ) -> tuple[str, ...]:
     """How the journal's decisions differ from those `step_fn` takes now, in words; empty when they are the same.
 
     Each term begins from `initial`; each event is decided on the state the journal recorded before it, so that one
-    difference does not hide the next. `step_fn` gets the term's JobOpened, whose spec holds the policy.
+    difference does not hide the next. `step_fn` gets the term's JobOpened, whose spec holds the policy, and what was measured
+    so far.
     """
     opened: dict[int, JobOpened] = {}
     states: dict[int, State] = {}
     differences: list[str] = []
+    measured = Measured()
     for record in records:
         if isinstance(record, JobOpened):
             opened[record.term] = record
+            measured = Measured()
+        if isinstance(record, Noted) and record.name == MEASURED:
+            measured = read(record.fields) or measured
         if isinstance(record, Decided):
-            decision = step_fn(states.get(record.term, initial), record.event, opened.get(record.term))
+            decision = step_fn(states.get(record.term, initial), record.event, opened.get(record.term), measured)
             differences += _differences(record, decision)
             states[record.term] = record.state
     return tuple(differences)
@@ -247,6 +258,8 @@ def _report(records: Sequence[Record], start: int) -> IncidentReport:
     base = formed[1].group.restore if formed else None
     reached = _reached(records, broken, incident)
     moments = _moments(after, decided, incident, formed, reached)
+    planned = _planned(after, decided.term, incident)
+    stepped = moments.get("first_step")
     sources: Counter[str] = Counter()
     for record in after:
         if isinstance(record, Restored) and record.attempt == attempt:
@@ -261,7 +274,18 @@ def _report(records: Sequence[Record], start: int) -> IncidentReport:
         bytes=dict(sources),
         reason=decided.reason,
         expectation=formed[0].reason if formed else "",
+        plan=planned[1] if planned else None,
+        took_s=stepped - planned[0] if planned and stepped is not None else None,
     )
+
+
+def _planned(after: Iterable[Record], term: int, incident: Incident) -> tuple[float, Plan] | None:
+    """When a way out was first chosen, and which."""
+    for record in after:
+        plan = record.state.plan if isinstance(record, Decided) and record.term == term else None
+        if plan is not None and plan.incident == incident.number:
+            return record.at, plan
+    return None
 
 
 def _cause(after: Iterable[Record], term: int, incident: Incident) -> Incident:

@@ -11,6 +11,7 @@ import pytest
 from ray_dr.model.actions import Action
 from ray_dr.model.codec import from_json, to_json
 from ray_dr.model.events import Event, FirstStep, NodeJoined, Tick, WorkerRaised, WorkerReady
+from ray_dr.model.ladder import Measured
 from ray_dr.model.recovery import Failed, Finished, Policy, Running, State
 from ray_dr.recovery.diagram import until_running
 from ray_dr.recovery.explore import Explored, alphabet, explore, fair_event, opened
@@ -23,6 +24,8 @@ TWO = replace(ONE, nodes_max=2, attempts_without_progress=1)
 FIXED = replace(TWO, nodes_min=2, min_nodes_to_run=2)
 THREE = replace(ONE, nodes_max=3, attempts_without_progress=2)
 PAIRS = replace(TWO, workers_per_node=2)
+QUICK = replace(PAIRS, measured=Measured(process_start_s=0.5))
+"""Worth waiting for: going on at once would mean a second interruption for hardly any time gained."""
 STANDBY_NODE = replace(TWO, nodes_min=2, standby_nodes=1)
 STANDBY_PROCESS = replace(TWO, standby_processes=1)
 STANDBY_BOTH = replace(TWO, standby_nodes=1, standby_processes=1)
@@ -55,6 +58,7 @@ LIVES = {
     "two nodes and one that stands by, running": (STANDBY_NODE, with_standbys(STANDBY_NODE), 4),
     "two nodes and a process that stands by on each, running": (STANDBY_PROCESS, with_standbys(STANDBY_PROCESS), 4),
     "standby nodes and processes, running": (STANDBY_BOTH, with_standbys(STANDBY_BOTH), 3),
+    "two workers on each of two nodes, soon up again, running": (QUICK, until_running(QUICK), 3),
 }
 FAIR_EVENTS = 40
 

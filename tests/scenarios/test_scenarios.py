@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shlex
+from enum import Enum
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -78,6 +79,8 @@ def _value(hint: Any, text: str) -> Any:
         return tuple(text.split(","))
     if hint == tuple[int, ...]:
         return tuple(map(int, text.split(",")))
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return hint(text)
     if hint is Group:
         attempt, members, restore = text.split(":", 2)
         return Group(int(attempt), tuple(members.split(",")), _version(restore))
@@ -95,7 +98,7 @@ def _state(state: State) -> str:
     shown = [type(state.phase).__name__]
     for field in dataclasses.fields(state.phase):
         value = getattr(state.phase, field.name)
-        if field.name not in ("group", "since", "incident", "deadline") and value not in (None, False, ()):
+        if field.name not in ("group", "since", "incident", "deadline", "began") and value not in (None, False, ()):
             shown.append(f"{field.name}={_plain(value)}")
     group = getattr(state.phase, "group", None)
     incident = getattr(state.phase, "incident", None)

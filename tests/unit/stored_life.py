@@ -37,6 +37,7 @@ from ray_dr.model.journal import (
     VersionSaved,
     Where,
 )
+from ray_dr.model.recovery import Policy
 from ray_dr.recovery.machine import initial, step
 from ray_dr.recovery.policy import policy_of
 from ray_dr.repository.chunks import KnownChunks, chunk_id
@@ -60,18 +61,24 @@ class Life:
     spec: Job = SPEC
     records: list[Record] = field(default_factory=list)
     state: object = field(default_factory=initial)
+    policy: Policy | None = None
+    """Of the machine; None: as the spec says."""
 
     def open(self) -> None:
         self.records.append(JobOpened(99.0, 1, self.spec.name, to_json(self.spec), "3.11.7", "2.60.0"))
 
     def meet(self, *events: Event) -> None:
         for event in events:
-            decision = step(self.state, event, policy_of(self.spec))
+            decision = step(self.state, event, self.policy or policy_of(self.spec))
             seq = 1 + sum(isinstance(record, Decided) for record in self.records)
             self.records.append(
                 Decided(event.at + 0.01, 1, seq, event, decision.state, decision.actions, decision.reason)
             )
             self.state = decision.state
+
+    def reasons(self) -> str:
+        """Of all decisions so far."""
+        return "\n".join(record.reason for record in self.records if isinstance(record, Decided))
 
     def do(self, attempt: int, steps: range, world: int, *, since: float) -> None:
         for number in steps:

@@ -184,10 +184,11 @@ def test_stopping_a_queued_job_ends_it_at_once() -> None:
 def test_a_crash_at_the_same_step_again_and_again_ends_the_job(running: State) -> None:
     state = running
     for attempt in range(1, 9):
-        state = after(WorkerRaised(200, A, attempt, "reset", True, 9), WorkerStopped(200, B, attempt, 9), state=state)
+        at = 100 * attempt  # it waits longer and longer before the next
+        state = after(WorkerRaised(at, A, attempt, "reset", True, 9), WorkerStopped(at, B, attempt, 9), state=state)
         if isinstance(state.phase, Failed):
             break
-        state = after(InventoryTaken(201, attempt, VersionId(1, 8)), FirstStep(202, attempt + 1, 9), state=state)
+        state = after(InventoryTaken(at + 90, attempt, VersionId(1, 8)), FirstStep(at + 91, attempt + 1, 9), state=state)
     assert isinstance(state.phase, Failed)
     assert state.phase.resubmit
     assert attempt == POLICY.attempts_without_progress + 2

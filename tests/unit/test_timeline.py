@@ -23,6 +23,7 @@ from ray_dr.model.journal import (
     VersionSaved,
     Where,
 )
+from ray_dr.model.ladder import Measured
 from ray_dr.model.recovery import (
     Failed,
     FailureKind,
@@ -37,10 +38,12 @@ from ray_dr.model.recovery import (
     State,
 )
 from ray_dr.telemetry.lineage import steps as lineage
+from ray_dr.telemetry.phases import MEASURED, note
 from ray_dr.telemetry.timeline import incidents, loss_curve, replay, status, verify_data
 
 BATCH, SAMPLES, SEED = 8, 20, 5
 ORDER = Order(SAMPLES, SEED)
+MEANWHILE = Measured(process_start_s=3.0)
 INCIDENT = Incident(1, FailureKind.NODE_LOST, "b", at=105.0, step=5)
 NODES = (Node("a", ready=("a/0.1",)), Node("b", ready=("b/0.1",)))
 FIRST, SECOND = Group(1, ("a/0.1", "b/0.1"), None), Group(2, ("a/0.1",), VersionId(1, 3))
@@ -242,19 +245,20 @@ def test_other_data_in_a_later_attempt_is_found() -> None:
     assert "attempt 2: shuffle is False, was True" in report.differences
 
 
-def machine(state: State, event: Event, opened: JobOpened | None) -> Decision:
+def machine(state: State, event: Event, opened: JobOpened | None, measured: Measured = MEANWHILE) -> Decision:
     assert opened is not None
-    return Decision(replace(state, step=state.step + 1), (), f"{opened.job}: {type(event).__name__}")
+    said = f"{opened.job}: {type(event).__name__}, {measured.process_start_s:g} s"
+    return Decision(replace(state, step=state.step + 1), (), said)
 
 
 def test_replay_finds_nothing_where_the_machine_decides_as_it_did_and_the_difference_where_not() -> None:
     records: list[Record] = []
     for term in (1, 2):
         state = State(Queued())
-        records.append(JobOpened(1.0, term, "night", {}))
+        records += [JobOpened(1.0, term, "night", {}), Noted(1.5, MEASURED, note(MEANWHILE))]
         for seq in range(1, 4):
             event = Opened(2.0, term, seq)
-            decision = machine(state, event, records[-seq] if isinstance(records[-seq], JobOpened) else None)
+            decision = machine(state, event, next(r for r in reversed(records) if isinstance(r, JobOpened)))
             records.append(Decided(2.0, term, seq, event, decision.state, decision.actions, decision.reason))
             state = decision.state
     assert replay(records, machine, State(Queued())) == ()
@@ -262,5 +266,5 @@ def test_replay_finds_nothing_where_the_machine_decides_as_it_did_and_the_differ
     assert isinstance(last, Decided)
     records[-1] = replace(last, reason="other")
     assert replay(records, machine, State(Queued())) == (
-        "term 2, decision 3 on Opened: reason was 'other', is now 'night: Opened'",
+        "term 2, decision 3 on Opened: reason was 'other', is now 'night: Opened, 3 s'",
     )

@@ -41,7 +41,7 @@ from tests.unit.stored_life import NAME, write_journal
 
 README = Path(__file__).parents[2] / "README.md"
 NOW = 180.0
-TIMES = ("at", "since", "began", "changed_at", "retry_at", "deadline")
+TIMES = ("at", "since", "began", "changed_at", "retry_at", "deadline", "asked_at", "running_since")
 
 
 @pytest.fixture(autouse=True)
@@ -86,15 +86,18 @@ incident 1 at 1970-01-01 00:01:45, after step 5: the process of rank 1 (worker b
   known by    +0 ms     rank 0 raised after step 5: RuntimeError: Connection closed by peer (exceptions)
               +10 ms    the process of rank 1 ended: its connection closed (supervisor)
               +10 ms    the job's supervisor decided to act
+  counts      as a failure of unknown cause, a new step came before it
   tried       +10 ms    a/0.1: the group broke (RuntimeError: Connection closed by peer) at step 5: going on with 2 of 2
                         workers -> free 1 worker from the broken step, look for the newest version
               +20 ms    worker b/0.1 lost (its connection closed) at step 5 is the cause of incident 1; a/0.1: the group
                         broke (RuntimeError: Connection closed by peer) at step 5 is set aside -> start 1 worker on node
                         b
-              +60 ms    attempt 2 begins with 1 worker on 1 node from step 3 of attempt 1
+              +60 ms    attempt 2 begins with 1 worker on 1 node from step 3 of attempt 1; going on with 1 of 2 workers:
+                        0.5 s expected; waiting for processes that are starting (2 of 2 workers) would take 5.5 s
               +760 ms   attempt 2 runs with 1 worker
   cost        750 ms from the failure to the next step: decided 10 ms, survivors out of the step 10 ms, version found
               30 ms, group formed 200 ms, state fetched 200 ms, loaded 100 ms, first step 200 ms
+              expected was: shrink, the next step after 500 ms: it took 690 ms
               2 steps lost and done again, in 2.00 s, with the same samples: none lost, none used twice
   to do       nothing, the job got over it; what goes for its kind: start another process in its place; see the worker's
               log for its last words
@@ -108,12 +111,15 @@ incident 1 at 1970-01-01 00:01:45, after step 5: node b was lost
               connection to those that ended
   known by    +0 ms     node b is gone: its agent's connection closed (node_gone)
               +20 ms    the job's supervisor decided to act
+  counts      as a failure of the infrastructure, a new step came before it
   tried       +20 ms    node b lost (its agent's connection closed) at step 5: going on with 1 of 2 workers -> free 1
                         worker from the broken step, ask the cluster for 2 nodes in all, look for the newest version
-              +110 ms   attempt 2 begins with 1 worker on 1 node from step 3 of attempt 1
+              +110 ms   attempt 2 begins with 1 worker on 1 node from step 3 of attempt 1; going on with 1 of 2 workers:
+                        0.5 s expected; waiting for the autoscaler (2 of 2 workers) would take 65 s
               +810 ms   attempt 2 runs with 1 worker
   cost        800 ms from the failure to the next step: decided 20 ms, survivors out of the step 20 ms, version found
               60 ms, group formed 200 ms, state fetched 200 ms, loaded 100 ms, first step 200 ms
+              expected was: shrink, the next step after 500 ms: it took 690 ms
               2 steps lost and done again, in 2.00 s, with the same samples: none lost, none used twice
   to do       nothing, the job got over it; what goes for its kind: go on with the copies on other nodes; take another
               node, not this one again at once
@@ -125,14 +131,17 @@ job night, step 6: running since 1970-01-01 00:02:45, last word 12.2 s ago
 incident 1 at 1970-01-01 00:01:44, after step 5: rank 1 (worker b/0.1) stopped getting on
   known by    +5.30 s   rank 1 in forward of step 6 for 5.3 s; 1 wait for it (hang)
               +60.0 s   the job's supervisor decided to act
+  counts      as a failure of unknown cause, a new step came before it
   tried       +60.0 s   worker b/0.1 does not get on (rank 1 in forward of step 6 for 5.3 s; 1 wait for it) at step 5:
                         going on with 1 of 2 workers -> end worker b/0.1, free 1 worker from the broken step, start 1
                         worker on node b, look for the newest version
-              +60.2 s   attempt 2 begins with 1 worker on 1 node from step 3 of attempt 1
+              +60.2 s   attempt 2 begins with 1 worker on 1 node from step 3 of attempt 1; going on with 1 of 2 workers:
+                        0.5 s expected; waiting for processes that are starting (2 of 2 workers) would take 5.3 s
               +60.9 s   attempt 2 runs with 1 worker
   cost        1 min 1 s from the failure to the next step: noticed 5.30 s, let it wait (recovery.hang) 54.7 s, survivors
               out of the step 100 ms, version found 90 ms, group formed 200 ms, state fetched 200 ms, loaded 100 ms,
               first step 200 ms
+              expected was: shrink, the next step after 500 ms: it took 690 ms
               2 steps lost and done again, in 2.00 s, with the same samples: none lost, none used twice
   to do       nothing, the job got over it; what goes for its kind: keep the stacks of the ranks named, end them, and
               form the group anew
@@ -146,13 +155,16 @@ incident 1 at 1970-01-01 00:01:44, after step 5: node b froze: nothing came from
               connection to those that ended
   known by    +1.50 s   node b has said nothing for 1.50 s (suspicion 11) (node_frozen)
               +1.51 s   the job's supervisor decided to act
+  counts      as a failure of the infrastructure, a new step came before it
   tried       +1.51 s   node b lost (node b has said nothing for 1.50 s (suspicion 11)) at step 5: going on with 1 of 2
                         workers -> free 1 worker from the broken step, ask the cluster for 2 nodes in all, look for the
                         newest version
-              +1.61 s   attempt 2 begins with 1 worker on 1 node from step 3 of attempt 1
+              +1.61 s   attempt 2 begins with 1 worker on 1 node from step 3 of attempt 1; going on with 1 of 2 workers:
+                        0.5 s expected; waiting for the autoscaler (2 of 2 workers) would take 65 s
               +2.31 s   attempt 2 runs with 1 worker
   cost        2.30 s from the failure to the next step: noticed 1.50 s, decided 10 ms, survivors out of the step 50 ms,
               version found 40 ms, group formed 200 ms, state fetched 200 ms, loaded 100 ms, first step 200 ms
+              expected was: shrink, the next step after 500 ms: it took 690 ms
               2 steps lost and done again, in 2.00 s, with the same samples: none lost, none used twice
   to do       nothing, the job got over it; what goes for its kind: fence the node so that it can't come back into the
               group, then go on as if it were gone
@@ -168,12 +180,15 @@ job night, step 5: failed at 1970-01-01 00:01:47
 incident 1 at 1970-01-01 00:01:45, after step 5: rank 1 (worker b/0.1) raised ValueError: shape mismatch
   known by    +0 ms     rank 1 raised after step 5: ValueError: shape mismatch (exceptions)
               +10 ms    the job's supervisor decided to act
+  counts      as a failure of unknown cause, a new step came before it
   tried       +10 ms    worker b/0.1 raised ValueError: shape mismatch at step 5: going on with 2 of 2 workers -> free 1
                         worker from the broken step, look for the newest version
-              +160 ms   attempt 2 begins with 2 workers on 2 nodes from step 3 of attempt 1
+              +160 ms   attempt 2 begins with 2 workers on 2 nodes from step 3 of attempt 1; going on with 2 of 2
+                        workers: 0.5 s expected
               +810 ms   attempt 2 runs with 2 workers
   cost        800 ms from the failure to the next step: decided 10 ms, survivors out of the step 100 ms, version found
               40 ms, group formed 10 ms, state fetched 340 ms, loaded 100 ms, first step 200 ms
+              expected was: rebuild, the next step after 500 ms: it took 640 ms
               2 steps lost and done again, with the same samples: none lost, none used twice
   to do       see above: it came again
 """,
@@ -186,6 +201,7 @@ job night, step 5: suspended, waits since 1970-01-01 00:01:45, for 1 min 15 s
 incident 1 at 1970-01-01 00:01:45, after step 5: node b was lost
   known by    +0 ms     node b is gone: its agent's connection closed (supervisor)
               +10 ms    the job's supervisor decided to act
+  counts      as a failure of the infrastructure, a new step came before it
   tried       +10 ms    node b lost (its agent's connection closed) at step 5: 1 of 2 workers left -> free 1 worker from
                         the broken step, ask the cluster for 2 nodes in all, look for the newest version
               +210 ms   step 3 of attempt 1 can be restored; 1 usable node of the 2 it takes: waiting for capacity
@@ -393,7 +409,8 @@ def test_a_job_that_makes_no_progress_names_the_last_blow_and_may_be_run_again(a
         worker = f"b/0.{attempt}"
         life.meet(WorkerLost(at, worker, "b", "killed", 5), WorkerStopped(at + 0.1, "a/0.1", attempt, 5),
                   WorkerReady(at + 0.2, f"b/0.{number}", "b"), InventoryTaken(at + 0.3, attempt, None))  # fmt: skip
-        at += 10
+        at += 20
+        life.meet(Tick(at - 1.0))  # it waits longer and longer before the next attempt
     ended = story(life.records).standing
     assert isinstance(ended, Ended)
     assert ended.diagnosis is not None
