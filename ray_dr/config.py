@@ -266,11 +266,9 @@ def _recovery(setting: Setting) -> Recovery:
 
 def _detection(setting: Setting) -> Detecting:
     keys = setting.sections(DETECTION_KEYS)
-    nobody: tuple[str, ...] = ()
-    shadow, off = _one(keys, "shadow", _detectors, nobody), _one(keys, "off", _detectors, nobody)
-    for name in off:
-        if name in shadow:
-            keys["off"].fail(f"{name} is on trial as well", "write it under shadow or under off")
+    shadow, off = (_one(keys, key, _detectors, tuple[str, ...]()) for key in ("shadow", "off"))
+    if both := set(shadow) & set(off):
+        keys["off"].fail(f"{min(both)} is on trial as well", "write it under shadow or under off")
     return Detecting(shadow, off, _one(keys, "preflight", Setting.flag, True))
 
 
@@ -482,15 +480,11 @@ def _local_default() -> str:
 
 
 def _store_remedy(error: StoreError) -> str:
-    match error:
-        case AccessDenied():
-            return "check the credentials and their rights: list, read, write, delete"
-        case StoreFull():
-            return "free some space, or write another store"
-        case _ if error.retryable:
-            return "check that its address is right and that it is up, then run again"
-        case _:
-            return "check its address and its rights"
+    if isinstance(error, AccessDenied):
+        return "check the credentials and their rights: list, read, write, delete"
+    if isinstance(error, StoreFull):
+        return "free some space, or write another store"
+    return f"check its address and its rights{', and that it is up, then run again' if error.retryable else ''}"
 
 
 # -------------------------------------------------------------------------------------------------------- the text

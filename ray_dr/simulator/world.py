@@ -21,6 +21,7 @@ from ray_dr.simulator.bucket import Bucket
 from ray_dr.simulator.clock import Clock
 from ray_dr.simulator.detection import Detection
 from ray_dr.simulator.host import ACK_S, Supervisor
+from ray_dr.simulator.standing import LastWords
 from ray_dr.simulator.swarm import Swarm
 from ray_dr.simulator.tally import Tally
 from ray_dr.simulator.things import OUTBOX_MAX, Agent, Lost, Message, Node, Worker
@@ -43,13 +44,12 @@ class World:
     def __init__(self, swarm: Swarm, dice: random.Random, *, trace: int | None = KEPT_EVENTS) -> None:
         self.swarm, self.dice = swarm, dice
         self.clock = Clock(START)
+        self._says = LastWords(self.clock, swarm, dice)
         self.bucket = Bucket()
         self.detection = Detection(self)
         self.tally = Tally(swarm)
         self.nodes: dict[str, Node] = {}
-        self.faulty = True
-        self.changes = 0
-        self.over = False
+        self.faulty, self.over, self.changes = True, False, 0
         self.run: Run | None = None
         self.runs: deque[Run] = deque(maxlen=RUNS_KEPT)
         self.supervisor: Supervisor | None = None
@@ -58,10 +58,8 @@ class World:
         self.disturbed = 0
         """How often anything has gone wrong so far."""
         self.leaving: set[str] = set()
-        self.absent: set[int] = set()
-        self.up: set[int] = set()
-        self._lives = 0
-        self._coming = 0
+        self.absent, self.up = set[int](), set[int]()
+        self._lives = self._coming = 0
         for machine in range(swarm.machines):
             self.boot(machine)
         self.submit()
@@ -102,14 +100,12 @@ class World:
             supervisor.alive = False
             return
         self.advance()
-        supervisor.alive = False
-        self.supervisor = None
+        supervisor.alive, self.supervisor = False, None
         if isinstance(outcome, Finished) and not outcome.drained:
             must(self.bucket.newest is not None or not self.swarm.total_steps, "I6: what a finished job ended at is kept")
             self.over = True
         elif isinstance(outcome, Failed) and not outcome.resubmit:
-            own = bool(self.swarm.poison or supervisor.state.rollbacks)
-            must(own, f"only an error of the program ends it for good: {outcome.reason}")
+            must(bool(self.swarm.poison or supervisor.state.rollbacks), f"only its own error ends it for good: {outcome.reason}")
             self.over = True
         else:
             self.tally.closed += 1
@@ -393,25 +389,7 @@ class World:
         self.tally.breaks(run, self.clock.now)
         if loud and self.swarm.raises and not joining:
             for node, workers in run.by_node.items():
-                self.clock.after(LEAVE_S * self.dice.random(), self._leave, node, workers, run, self._collateral)
-
-    def _collateral(self, worker: Worker) -> WorkerRaised:
-        assert worker.run is not None, "it was in it"
-        done = worker.run.steps(self.clock.now)
-        return WorkerRaised(self.clock.now, worker.id, worker.attempt, "RuntimeError: connection closed by peer", True, done,
-                            stands_at=self._stands_at(worker), twins=self._twins(worker))  # fmt: skip
-
-    def _stands_at(self, worker: Worker) -> int:
-        """After which step what it still has is whole; -1: after none."""
-        assert worker.run is not None, "it was in it"
-        whole = worker.run.doing is Doing.BROKEN and worker.run.rate == 0.0 and not self._tears()
-        return worker.run.steps(self.clock.now) if whole else -1
-
-    def _tears(self) -> bool:
-        return self.swarm.torn >= 1.0 or (self.swarm.torn > 0.0 and self.dice.random() < self.swarm.torn)
-
-    def _twins(self, worker: Worker) -> tuple[int, ...]:
-        return () if self.swarm.twins else (worker.rank,)
+                self.clock.after(LEAVE_S * self.dice.random(), self._leave, node, workers, run, self._says.collateral)
 
     def raises(self, worker: Worker, error: str, step: int) -> None:
         """The program raises in one worker."""
@@ -447,12 +425,7 @@ class World:
             self.broken(run, loud=False)
             if self.faulty and self.dice.random() < self.swarm.stuck:
                 worker.hung = True
-            self.clock.after(LEAVE_S * self.dice.random(), self._leave, node, [worker], run, self._aborted)
-
-    def _aborted(self, worker: Worker) -> WorkerStopped:
-        assert worker.run is not None, "it was in it"
-        return WorkerStopped(self.clock.now, worker.id, worker.attempt, worker.run.steps(self.clock.now),
-                             self._stands_at(worker), self._twins(worker))  # fmt: skip
+            self.clock.after(LEAVE_S * self.dice.random(), self._leave, node, [worker], run, self._says.aborted)
 
     def _leave(self, node: Node, workers: Sequence[Worker], run: Run, word: Callable[[Worker], Event]) -> None:
         """Workers leave `train`, and their agent tells."""
@@ -503,11 +476,12 @@ class World:
             if whole and not self.bucket.down and self.supervisor is not None:
                 self.commit(version.id, True)
         armed = next((v for v in reversed(run.saves) if v.armed(now)), None)
-        if armed is not None and (self.armed is None or armed.id > self.armed.id):
+        if armed is None:
+            return
+        if self.armed is None or armed.id > self.armed.id:
             self.armed = armed
         group = group_of(self.supervisor.state) if self.supervisor is not None else None
-        told = group is not None and group.attempt == run.attempt
-        if armed is not None and told:  # while a group is looked for, nobody may let go of what was found
+        if group is not None and group.attempt == run.attempt:  # else nobody may let go of what was found
             run.saves = [v for v in run.saves if v.id >= armed.id or v.uploaded_at > now]
 
     def commit(self, version: VersionId, ready: bool, *, by: Supervisor | None = None) -> None:
