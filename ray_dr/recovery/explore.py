@@ -54,7 +54,7 @@ from ray_dr.recovery.fleet import leaving, staying
 from ray_dr.recovery.groups import group_of
 from ray_dr.recovery.machine import initial, step
 
-NAMES = ("a", "b", "c", "d", "e", "f")
+NAMES = tuple("abcdefghijkl")
 SOON_S, IN_TIME_S = 0.5, 200.0
 
 

@@ -218,6 +218,7 @@ class Faults:
         world = self._world
         if (run := self._in_training()) is not None and world.supervisor is not None:
             done = run.steps(world.clock.now)
+            world.changes += 1
             onset = max(run.began + 1, done - world.dice.randint(0, NOTICED_STEPS))
             world.supervisor.post(Diverged(world.clock.now, run.attempt, onset, "loss not finite", done, batch=8))
 
@@ -226,6 +227,7 @@ class Faults:
         world = self._world
         if (run := self._in_training()) is not None and world.supervisor is not None:
             done = run.steps(world.clock.now)
+            world.changes += 1
             good = max(run.began, done - world.dice.randint(1, NOTICED_STEPS))
             named = (world.dice.choice(run.members).id,) if len(run.members) > 2 else ()
             world.supervisor.post(Corrupted(world.clock.now, run.attempt, good, named, "replicas differ", done))

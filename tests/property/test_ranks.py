@@ -5,11 +5,13 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ray_dr.model.recovery import Node, Queued, State
+from ray_dr.model.recovery import Node, Policy, Queued, State
 from ray_dr.model.signal import node_of
 from ray_dr.recovery.fleet import ranked
 
 NODES = "abcd"
+ALL = Policy(1, 4, 1, 4, 15.0, 300.0, 1.0, 5)
+"""Takes everybody who is up."""
 workers = st.tuples(st.sampled_from(NODES), st.integers(0, 3), st.integers(1, 2)).map(lambda w: f"{w[0]}/{w[1]}.{w[2]}")
 
 
@@ -28,9 +30,9 @@ def states(draw: st.DrawFn) -> State:
 @given(states())
 def test_everybody_who_is_up_has_one_rank_and_survivors_keep_theirs_or_at_least_their_order(state: State) -> None:
     ready = [worker for node in state.nodes for worker in node.ready]
-    ranks = ranked(state)
+    ranks = ranked(state, ALL)
     assert sorted(ranks) == sorted(ready)
-    assert ranked(state) == ranks
+    assert ranked(state, ALL) == ranks
     survivors = [worker for worker in state.order if worker in ready]
     if len(ready) >= len(state.order):
         assert all(ranks[state.order.index(worker)] == worker for worker in survivors)
@@ -41,7 +43,7 @@ def test_everybody_who_is_up_has_one_rank_and_survivors_keep_theirs_or_at_least_
 @settings(max_examples=400, deadline=None, derandomize=True)
 @given(states())
 def test_no_newcomer_goes_elsewhere_while_a_place_of_its_own_node_goes_to_another_node(state: State) -> None:
-    ranks = ranked(state)
+    ranks = ranked(state, ALL)
     if len(ranks) < len(state.order):
         return
     taken = {place for place, worker in enumerate(state.order) if ranks[place] != worker}
@@ -56,4 +58,4 @@ def test_no_newcomer_goes_elsewhere_while_a_place_of_its_own_node_goes_to_anothe
 def test_a_new_node_takes_the_places_of_a_lost_one_together() -> None:
     nodes = (Node("a", ready=("a/0.1",)), Node("b", ready=("b/0.1", "b/1.1")), Node("d", ready=("d/0.1", "d/1.1")))
     state = State(Queued(), nodes=nodes, order=("a/0.1", "c/0.1", "c/1.1", "b/0.1", "b/1.1"))
-    assert ranked(state) == ("a/0.1", "d/0.1", "d/1.1", "b/0.1", "b/1.1")
+    assert ranked(state, ALL) == ("a/0.1", "d/0.1", "d/1.1", "b/0.1", "b/1.1")

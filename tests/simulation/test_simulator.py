@@ -148,9 +148,9 @@ def commits_in_any_term(bucket: Bucket, version: VersionId, term: int) -> bool:
     return commit(bucket, version, bucket.term)
 
 
-def by_name(state: State) -> tuple[str, ...]:
+def by_name(state: State, policy: Policy) -> tuple[str, ...]:
     """Ranks are dealt anew for each group."""
-    return tuple(sorted(ranked(state), reverse=bool(state.attempt % 2)))
+    return tuple(sorted(ranked(state, policy), reverse=bool(state.attempt % 2)))
 
 
 def rounds_up(step: int, *, global_batch: int, rank: int, world: int) -> Slice:

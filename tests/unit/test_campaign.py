@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 
 from benchmarks import campaign, scene
-from benchmarks.campaign import FAILED, INVALID, Result, chosen, summary
+from benchmarks.campaign import FAILED, INVALID, KINDS, Result, chosen, summary
 from benchmarks.campaign_program import Planned
-from benchmarks.faults import KINDS
 
 
 def context(armed: Path, rank: int, size: int, **settings: Any) -> Any:

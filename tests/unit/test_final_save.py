@@ -35,6 +35,7 @@ class Host:
 
     def __init__(self, step: int, held: set[VersionId], staged: bool, **depots: Depot) -> None:
         self.job, self.state = Job("job", StoreTier("memory://x"), recovery=Recovery(start_s=5.0)), State(Queued())
+        self.saves = self
         self.depots = {Where(where): depot for where, depot in depots.items()}
         self.progress = Progress(2, 1, began=8, rank_steps={0: step} if step > 8 else {})
         self.complete = Completeness()
