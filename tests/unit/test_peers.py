@@ -19,7 +19,7 @@ from ray_dr.actors.node_agent import Agent
 from ray_dr.actors.peers import Peers, Ring
 from ray_dr.actors.sensing import Senses, short
 from ray_dr.model import codec
-from ray_dr.model.job import Detecting
+from ray_dr.model.job import Detecting, Health
 from ray_dr.stores.memory import MemoryStore
 from ray_dr.stores.wire import connect
 
@@ -138,7 +138,8 @@ class Supervisor:
         self.notes: list[dict[str, Any]] = []
         self.lost: list[tuple[str, str]] = []
         self.avoided: list[str] = []
-        self.job = SimpleNamespace(recovery=SimpleNamespace(hang_s=300.0), detection=Detecting(off=("node_frozen",)))
+        self.job = SimpleNamespace(recovery=SimpleNamespace(hang_s=300.0), detection=Detecting(off=("node_frozen",)),
+                                   health=Health())  # fmt: skip
         self.perform = SimpleNamespace(lose_node=self._lose)
         self.machines = SimpleNamespace(condemn=lambda node, kind, how: self.avoided.append(node))
         self.senses = Senses(self)  # type: ignore[arg-type]
