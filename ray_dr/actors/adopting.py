@@ -38,14 +38,14 @@ class Found:
 def find_living(host: Host, agents: dict[str, AgentRef], workers: dict[str, WorkerRef],
                 join: Callable[[str, Any, dict[str, Any]], None], forming: Forming) -> Found:  # fmt: skip
     """Agents and workers that outlived a supervisor, as events; and the group they form, if they do."""
-    living, at_work = _living(host.job.name, "agent"), _living(host.job.name, "worker")
+    living, there = _living(host.job.name, "agent"), _living(host.job.name, "worker")
     for said, handle in living:
         try:
             join(said["node"], handle, said)
         except StoreError as error:
             host.note("agent.failed", node=said["node"], error=repr(error))
             cluster.kill(handle)  # nobody would hear of it again
-    for said, handle in at_work:
+    for said, handle in there:
         if said["node"] in agents:
             workers[said["worker"]] = WorkerRef(
                 said["worker"], said["node"], handle, said["rendezvous"], said["attempt"], said["step"],
@@ -56,10 +56,12 @@ def find_living(host: Host, agents: dict[str, AgentRef], workers: dict[str, Work
             cluster.kill(handle)
     refs = tuple(workers.values())
     now = time.time()
-    joined = [NodeJoined(now, node, tuple(ref.worker for ref in refs if ref.node == node)) for node in sorted(agents)]
     ready = [WorkerReady(now, ref.worker, ref.node) for ref in refs]
     found = [Living(r.worker, r.attempt, r.rank, r.step, r.running, r.restore, r.world) for r in refs]
     group, step = living_group(found)
+    at_work = {ref.node for ref in refs if group is not None and ref.worker in group.members}
+    nodes = sorted(agents, key=lambda node: (node not in at_work, node))  # one too many is none of the group's
+    joined = [NodeJoined(now, node, tuple(ref.worker for ref in refs if ref.node == node)) for node in nodes]
     forming.peers = forming.expected_peers()
     attempt = max([0, *(ref.attempt for ref in refs), *(said["attempt"] for said, _ in living)])
     return Found((*joined, *ready), attempt, group, step, who_left(found, group) if group else ())

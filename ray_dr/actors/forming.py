@@ -125,6 +125,10 @@ class Forming:
             return None
         return stays_behind(self._last_held, origin.version, self.expected_peers() + 1)
 
+    def holds(self, version: VersionId) -> bool:
+        """Whether every part of a version is in the agents' memory, hashed."""
+        return choose_version([item for item in self._held() if item.version == version], None) == version
+
     def expected_peers(self) -> int:
         """Copies on other nodes that a group formed with the living agents keeps of each part."""
         return max(0, min(self._job.memory.copies, len(self._agents)) - 1)

@@ -41,9 +41,13 @@ class Vigil:
         return (Divergence(skips, health.spike == "rollback"),)
 
     def formed(self, group: Group | None) -> None:
-        """A group forms (None: there is no more). What it restores is as good as the last comparison before it."""
-        self._onset, self._open = None, {}
-        if group is not None and self._good is not None:
+        """A group forms (None: there is no more). What it restores is as good as the last comparison before it. What was
+        suspected of a group that is no more stays so until the next one: its survivors' state may be what it is about."""
+        self._open = {}
+        if group is None:
+            return
+        self._onset = None
+        if self._good is not None:
             self._good = min(self._good, group.restore.step if group.restore else 0)
 
     def stepped(self, record: StepRecord) -> None:

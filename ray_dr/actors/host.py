@@ -94,7 +94,7 @@ class Host:
         self.state = initial()
         self.progress, self.pace = Progress(), Pace()
         self.outcome: Finished | Failed | None = None
-        self._mailbox: queue.Queue[Event | Heard | Committed] = queue.Queue(MAILBOX_MAX)
+        self._mailbox: queue.Queue[Event | Heard | Committed | Noted] = queue.Queue(MAILBOX_MAX)
         self._acks: dict[str, int] = {}
         self._seq = 0
         self._over = threading.Event()
@@ -150,8 +150,8 @@ class Host:
         """Something worth knowing that is no decision."""
         record = Noted(time.time(), name, fields)
         self.journal.append(record)
-        if name == "finding":  # of the loop's own thread
-            self._learn(record)
+        if name == "finding":  # of any thread
+            self._mailbox.put(record)
 
     def wait(self, timeout_s: float) -> bool:
         """Whether the job is over and closed, within `timeout_s`."""
@@ -192,6 +192,8 @@ class Host:
                 self._report(item)
             case Committed():
                 self.saves.committed(item)
+            case Noted():
+                self._learn(item)
             case _:
                 self.decide(item)
         for node, notice in self.notices.news():
@@ -224,9 +226,10 @@ class Host:
             self.notices.joined(event.node)
         if decision.actions:
             self.journal.flush(FLUSH_S)
-        if group_of(self.state) is not None and group_of(decision.state) is None:
-            self._senses.broken(decision.state.attempt)
+        broken = group_of(self.state) is not None and group_of(decision.state) is None
         self.state = decision.state
+        if broken:
+            self._senses.broken(decision.state.attempt)
         self.perform.know(decision.state)
         self.machines.decided(decision.state)
         for action in decision.actions:

@@ -299,12 +299,15 @@ class Performer:
         if agent is not None:
             self._preflight.went(node)
             self._introduce()
-            self._pool.submit(self._bury, node, agent)
+            self._pool.submit(self._bury, agent, self._workers_on(node))
 
-    def _bury(self, node: str, agent: AgentRef) -> None:
+    def _workers_on(self, node: str) -> list[str]:
+        return [ref.worker for ref in tuple(self._workers.values()) if ref.node == node]
+
+    def _bury(self, agent: AgentRef, workers: Iterable[str]) -> None:
         """What is left of a lost node must not come back: end its agent and workers, should they still live."""
         cluster.kill(agent.handle)
-        for worker in [ref.worker for ref in tuple(self._workers.values()) if ref.node == node]:
+        for worker in workers:
             self._drop_worker(worker)
 
     def _drop_node(self, node: str) -> None:
@@ -314,7 +317,7 @@ class Performer:
             agent.watch.close()
             self._preflight.went(node)
             self._introduce()
-            self._bury(node, agent)
+            self._bury(agent, self._workers_on(node))
 
     # -- workers
 

@@ -81,7 +81,8 @@ def situation(state: State, phase: Recovering, at: float, policy: Policy) -> Sit
     up, gone = ranked(state, policy), leaving(state)
     before = frozenset(state.order)
     starting = tuple(left for node in state.nodes if node.id not in gone for left in _left_s(node, at, policy))
-    missing = max(0, min(state.requested, policy.nodes_max) - staying(state)) * policy.workers_per_node
+    absent = max(0, min(state.requested, policy.nodes_max) - staying(state)) * policy.workers_per_node
+    missing = min(absent, max(0, len(before) - len(up) - len(starting)))  # those that never came are not expected now
     most = policy.nodes_max * policy.workers_per_node
     return Situation(
         wanted=min(most, max(len(up), len(state.order), len(up) + len(starting) + missing)),
@@ -100,7 +101,8 @@ def _left_s(node: Node, at: float, policy: Policy) -> tuple[float, ...]:
     """Seconds until each of the node's starting processes is expected."""
     if not node.starting or given_up(node, policy):
         return ()
-    return (expected_s(policy.measured.process_start_s, max(0.0, at - node.asked_at)),) * node.starting
+    of_use = min(node.starting, policy.workers_per_node - len(node.ready))  # others would only stand by
+    return (expected_s(policy.measured.process_start_s, max(0.0, at - node.asked_at)),) * max(0, of_use)
 
 
 def _steps_lost(state: State, found: VersionId | Literal["scratch"] | None) -> int:

@@ -136,7 +136,9 @@ def further_loss(state: State, phase: Recovering, loss: Incident, workers: Colle
             state = replace(state, last_error=None)
         incident = replace(loss, number=incident.number, at=incident.at)
         state = budget.recharge(state, incident, policy)
-    state = replace(state, phase=replace(phase, incident=incident, unwinding=unwinding))
+    writes = phase.rescue_until and any(standing.worker in workers for standing in phase.standing)
+    rescue_until = 0.0 if writes else phase.rescue_until  # without one of them there will be no rescue
+    state = replace(state, phase=replace(phase, incident=incident, unwinding=unwinding, rescue_until=rescue_until))
     state, requests = request_missing(state, policy)
     state, starts = start_missing(state, policy)
     decision = Decision(state, (*requests, *starts), reason)

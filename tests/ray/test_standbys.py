@@ -51,16 +51,19 @@ def keeps_copies(records: list[Record], node: str) -> bool:
 
 def check_taken(running: jobs.Running, lost: str, standby: str) -> None:
     """The second group is as large as the first, the standby has the lost one's rank, and nobody stopped for anything else."""
-    records = running.records()
-    first, second = groups(records)[:2]
+    first, second = groups(running.records())[:2]
     assert second.members == tuple(standby if member == lost else member for member in first.members)
     assert second.restore is not None
     assert second.restore.attempt == first.attempt
-    restored = [r for r in records if isinstance(r, Restored) and r.attempt == second.attempt]
-    assert {r.rank for r in restored} == set(range(len(first.members)))
+
+    def all_restored() -> list[Restored] | None:
+        found = [r for r in running.records() if isinstance(r, Restored) and r.attempt == second.attempt]
+        return found if {r.rank for r in found} == set(range(len(first.members))) else None
+
+    restored: list[Restored] = jobs.until(all_restored, "all to have restored")
     for record in restored:
         assert set(record.sources) <= {"memory", "peer"}, "no store was needed"
-    decided = [record for record in records if isinstance(record, Decided)]
+    decided = [record for record in running.records() if isinstance(record, Decided)]
     assert any(f"{standby} takes the place of {lost}" in record.reason for record in decided)
     assert not any(isinstance(a, StopGroup) and not a.everywhere for record in decided for a in record.actions)
 
