@@ -145,8 +145,7 @@ class Boundary:
         states = [len(optimizer.state) for optimizer in self._optimizers]
         if self._flat is None or states != self._states:
             self._states = states
-            self._look()
-            if self._why_not:
+            if not self._look():
                 return
         self._versions = [tensor._version for tensor in self._tensors]
         self._kept = [bytes(sample) for _, sample in self._samples]
@@ -228,15 +227,14 @@ class Boundary:
             tensors[name] = Local(local.tensor, replace(local.leaf, whole=True))
         return Flat(tensors, {**flat.scalars, **self._scalars})
 
-    def _look(self) -> None:
-        """Describe the tensors that modules and optimizers have now."""
+    def _look(self) -> bool:
+        """Describe the tensors that modules and optimizers have now; False when nothing can be kept of them."""
         flat = self._flat = self._flattener.flatten(self._fixed)
         self._named = {name: local.tensor for name, local in flat.tensors.items() if not local.leaf.same_as}
         self._names, self._tensors = list(self._named), list(self._named.values())
         if any(tensor.is_cuda for tensor in self._tensors):
-            self._samples = []
             self._give_up("it is on devices: what a broken collective leaves there may be anything")
-            return
+            return False
         plain = {name: tensor for name, tensor in self._named.items() if tensor.numel() and in_one_run(tensor)}
         buffers = _addresses_of_buffers(self._fixed.values())
         sampled = dict.fromkeys(heapq.nlargest(SAMPLED, plain, key=lambda name: plain[name].nbytes))
@@ -247,6 +245,7 @@ class Boundary:
         self._early = {name: copy for name, copy in self._early.items() if name in self._named}
         counts = {local.leaf.replica_count for local in flat.tensors.values() if local.leaf.holders}
         self._gated = any(1 < count < self.world for count in counts) and dist.is_initialized()
+        return True
 
     def _learn(self) -> None:
         """What has changed before the first optimizer's step does so always."""
