@@ -19,6 +19,7 @@ import datetime
 import os
 import socket
 import time
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -194,8 +195,10 @@ class Reducer:
         if isinstance(module, DistributedDataParallel) and self.even and not self.deterministic:
             return  # the plain mean over ranks is right already, and DDP's own reduction makes one pass less
         if isinstance(module, DistributedDataParallel):
-            # DDP wants the hook's annotations as objects, not as text: a lambda has none.
-            module.register_comm_hook(None, lambda _, bucket: self._ddp_hook(bucket))
+            # DDP wants the hook's annotations as objects, not as text: a lambda has none. And it keeps the hook where no garbage
+            # collection looks: one that refers to this reducer, and so to the module, would keep the module for ever.
+            this = weakref.proxy(self)
+            module.register_comm_hook(None, lambda _, bucket: this._ddp_hook(bucket))
             self._ddp.append(module)
         elif any(isinstance(child, FSDPModule) for child in module.modules()):
             self._attach_sharded(module)

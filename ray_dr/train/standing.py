@@ -2,7 +2,8 @@
 
 At the end of each step it is noted, in some ten microseconds and a twentieth of one per tensor, by what a change would show:
 
-* in-place changes move a tensor's version counter; for writes through `.data`, some bytes of the largest tensors are kept;
+* in-place changes move a tensor's version counter; for writes that do not, through `.data` or as batch norm's kernels do to
+  running statistics, some bytes of the largest tensors and of all buffers are kept;
 * an optimizer's step is known by its hook: from the first one of a step on, the state is torn until the step's end;
 * tensors that change before that, as running statistics do, are learned in the first steps, and copied while they are small;
 * parameter groups' values are kept; what other objects have (schedulers, the data's position) is read, and small tensors of
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import heapq
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,6 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from ray_dr.checkpoint.save_plan import Leaf, SavePlan, plan_save
@@ -143,7 +145,8 @@ class Boundary:
         states = [len(optimizer.state) for optimizer in self._optimizers]
         if self._flat is None or states != self._states:
             self._states = states
-            self._look()
+            if not self._look():
+                return
         self._versions = [tensor._version for tensor in self._tensors]
         self._kept = [bytes(sample) for _, sample in self._samples]
         self._groups = [[dict(group) for group in each.param_groups] for each in self._optimizers]
@@ -193,11 +196,17 @@ class Boundary:
             return self._why_not
         if self._passed or len(self._seen) < len(set(map(id, self._optimizers))):
             return "an optimizer has stepped, or does so unseen"
-        moved = (name for name, tensor, before in zip(self._names, self._tensors, self._versions, strict=True)
-                 if tensor._version != before)  # fmt: skip
-        other = (name for (name, sample), kept in zip(self._samples, self._kept, strict=True) if bytes(sample) != kept)
-        changed = next((name for name in (*moved, *other) if name not in self._early), "")
+        changed = next((name for name in self._changed() if name not in self._early), "")
         return changed and f"{changed} has changed since"
+
+    def _changed(self) -> Iterator[str]:
+        """Names of the tensors that are known to have changed since the last boundary; one may come more than once."""
+        for name, tensor, before in zip(self._names, self._tensors, self._versions, strict=True):
+            if tensor._version != before:
+                yield name
+        for (name, sample), kept in zip(self._samples, self._kept, strict=True):
+            if sample != kept:
+                yield name
 
     def _at_the_boundary(self) -> Flat | None:
         for module in self._fixed.values():
@@ -218,29 +227,31 @@ class Boundary:
             tensors[name] = Local(local.tensor, replace(local.leaf, whole=True))
         return Flat(tensors, {**flat.scalars, **self._scalars})
 
-    def _look(self) -> None:
-        """Describe the tensors that modules and optimizers have now."""
+    def _look(self) -> bool:
+        """Describe the tensors that modules and optimizers have now; False when nothing can be kept of them."""
         flat = self._flat = self._flattener.flatten(self._fixed)
         self._named = {name: local.tensor for name, local in flat.tensors.items() if not local.leaf.same_as}
         self._names, self._tensors = list(self._named), list(self._named.values())
         if any(tensor.is_cuda for tensor in self._tensors):
-            self._samples = []
             self._give_up("it is on devices: what a broken collective leaves there may be anything")
-            return
-        plain = (item for item in self._named.items() if item[1].numel() and in_one_run(item[1]))
-        largest = heapq.nlargest(SAMPLED, plain, key=lambda item: item[1].nbytes)
-        views = [(name, bytes_of(tensor)) for name, tensor in largest]
+            return False
+        plain = {name: tensor for name, tensor in self._named.items() if tensor.numel() and in_one_run(tensor)}
+        buffers = _addresses_of_buffers(self._fixed.values())
+        sampled = dict.fromkeys(heapq.nlargest(SAMPLED, plain, key=lambda name: plain[name].nbytes))
+        sampled.update((name, None) for name, tensor in plain.items() if tensor.data_ptr() in buffers)
+        views = [(name, bytes_of(plain[name])) for name in sampled]
         ends = [(name, view, end) for name, view in views for end in (len(view) // 2, len(view))]
         self._samples = [(name, view[max(0, end - SAMPLE_BYTES) : end]) for name, view, end in ends]
         self._early = {name: copy for name, copy in self._early.items() if name in self._named}
         counts = {local.leaf.replica_count for local in flat.tensors.values() if local.leaf.holders}
         self._gated = any(1 < count < self.world for count in counts) and dist.is_initialized()
+        return True
 
     def _learn(self) -> None:
         """What has changed before the first optimizer's step does so always."""
-        for name, tensor, before in zip(self._names, self._tensors, self._versions, strict=True):
-            if tensor._version != before and name not in self._early:
-                self._early[name] = tensor.detach().clone()
+        for name in self._changed():
+            if name not in self._early:
+                self._early[name] = self._named[name].detach().clone()
         if sum(copy.nbytes for copy in self._early.values()) > COPIED_BYTES:
             largest = max(self._early, key=lambda name: self._early[name].nbytes)
             self._early.clear()
@@ -271,3 +282,18 @@ class Boundary:
         if not self._why_not:
             self._note(why)
         self._why_not = why
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Of all that is noted: what the program frees shall be free."""
+        self._flattener = Flattener(self.rank, self.world)
+        self._flat, self._fixed, self._others, self._optimizers = None, {}, {}, []
+        self._named, self._names, self._tensors, self._samples = {}, [], [], []
+        self._versions, self._kept, self._groups = [], [], []
+        self._early, self._copies, self._scalars = {}, {}, {}
+
+
+def _addresses_of_buffers(objects: Iterable[Any]) -> frozenset[int]:
+    buffers = (buffer for value in objects if isinstance(value, nn.Module) for buffer in value.buffers())
+    plain = (buffer.to_local() if isinstance(buffer, DTensor) else buffer for buffer in buffers)
+    return frozenset(tensor.data_ptr() for tensor in plain if tensor.layout is torch.strided)

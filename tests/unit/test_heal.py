@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,6 +24,8 @@ pytestmark = pytest.mark.slow
 
 STEPS, BREAK_AT = 8, 5
 NEVER = Cadence(0, 1000, 0)
+ARRAYS: list[weakref.ref[Any]] = []
+"""In a worker: the memory of the parameters of its last attempt."""
 
 
 class Tally:
@@ -80,6 +83,28 @@ def fit(ctx: Context) -> None:
     last = [group["weight_decay"] for group in optimizer.param_groups], scheduler.get_last_lr(), scheduler.last_epoch
     if ctx.world.rank == 0:  # running statistics are those of rank 0
         ctx.mark(f"final {digest} {last} {objects['tally'].seen if objects else ''}")
+
+
+def fit_anew(ctx: Context) -> None:
+    """Trains a plain model, and says before it builds that how much of the last attempt's is still there."""
+    ctx.mark(f"alive {sum(array() is not None for array in ARRAYS)} of {len(ARRAYS)}")
+    ARRAYS.clear()
+    plain = network(False)
+    for parameter in plain.parameters():
+        array = parameter.detach().numpy().copy()
+        parameter.data = torch.from_numpy(array)
+        ARRAYS.append(weakref.ref(array))
+        del array
+    model = wrap(plain, "ddp")
+    optimizer = optimizer_of(model, "adamw")
+    ctx.data(Rows(), global_batch=8)
+    state = ctx.restore(model=model, optimizer=optimizer)
+    for batch in ctx.steps(state, until=STEPS):
+        for x, y in ctx.micro_batches(batch):
+            nn.functional.mse_loss(model(x), y).backward()
+        breaks(ctx, state, "backward")
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 @pytest.fixture
@@ -217,3 +242,15 @@ def test_fully_sharded_everybody_has_its_own_part_alone(stage: Stage) -> None:
     start(stage, 1, [0, 1], rank=1, where="forward", how="die", kind="fsdp")
     said = leave(stage, 1, [0], 1)[0]
     assert (said["stands_at"], said["twins"]) == (BREAK_AT, [0])
+
+
+@pytest.mark.parametrize("rescued", [True, False])
+def test_what_was_left_is_let_go_before_the_next_attempt_begins(stage: Stage, rescued: bool) -> None:
+    stage.add(1, fit_anew)
+    start(stage, 1, [0], rank=0, where="backward", how="raise")
+    assert leave(stage, 1, [0])[0]["stands_at"] == BREAK_AT
+    if rescued:
+        assert stage.ask(0, "rescue", 1, BREAK_AT, [0], []) == ""
+    start(stage, 2, [0], rank=0, where="backward", how="raise")
+    alive = (stage.wait_for("Marked")["name"] for _ in range(9))
+    assert next(name for name in alive if name.startswith("alive")) == "alive 0 of 4"

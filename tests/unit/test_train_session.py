@@ -47,7 +47,8 @@ class Stage:
     def add(self, count: int, program: Program) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["tests.unit.train_programs"])
-        for number in range(count):
+        known = len(self.workers)
+        for number in range(known, known + count):
             here, there = context.Pipe()
             arguments = (there, f"w{number}", self.agent.address, program)
             process = context.Process(target=host_session, args=arguments, daemon=True)
@@ -55,7 +56,7 @@ class Stage:
             there.close()
             self.workers.append(process)
             self.pipes.append(here)
-        self.rendezvous = [answer(pipe) for pipe in self.pipes]
+        self.rendezvous += [answer(pipe) for pipe in self.pipes[known:]]
 
     def ask(self, worker: int, method: str, *arguments: Any) -> Any:
         self.pipes[worker].send((method, arguments))
