@@ -5,9 +5,8 @@ Also one fair continuation: a world in which nothing fails any more, and everyth
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from collections.abc import Collection, Hashable, Iterator
+from dataclasses import dataclass, replace
 
 from ray_dr.model.actions import Decision
 from ray_dr.model.checkpoint import VersionId
@@ -40,6 +39,7 @@ from ray_dr.model.recovery import (
     Failed,
     Finished,
     Finishing,
+    Phase,
     Policy,
     Queued,
     Recovering,
@@ -56,16 +56,26 @@ from ray_dr.recovery.machine import initial, step
 
 NAMES = tuple("abcdefghijkl")
 SOON_S, IN_TIME_S = 0.5, 200.0
+AGE_S, MUCH_TIME_S = 5.0, 150.0
+"""An age, and a time left, beyond which no decision of such a short life differs."""
+
+LEAVING = frozenset({NodeLeaving})
+SPOILT = frozenset({Diverged, Corrupted})
+RESCUED = frozenset({Rescued})
+DIAGNOSED = frozenset({Diagnosed})
+SPECIAL: frozenset[type[Event]] = LEAVING | SPOILT | RESCUED | DIAGNOSED
+"""Events that a life can do without: each is best tried in lives of its own, as lives with all of them are very many."""
 
 
 @dataclass(frozen=True, slots=True)
 class Explored:
-    """One step of one possible life. `at` is the time of the event, `path` the events that led to `before`."""
+    """One step of one possible life. `at` is the time of the event, `new`: nothing led to this situation before."""
 
     before: State
     event: Event
     decision: Decision
     at: float
+    new: bool
 
 
 def opened(policy: Policy) -> tuple[State, float]:
@@ -73,29 +83,32 @@ def opened(policy: Policy) -> tuple[State, float]:
     return step(initial(), Opened(100.0, 1, 0), policy).state, 100.0
 
 
-def explore(policy: Policy, start: State, at: float, depth: int) -> Iterator[Explored]:
+def explore(policy: Policy, start: State, at: float, depth: int,
+            special: Collection[type[Event]] = SPECIAL) -> Iterator[Explored]:  # fmt: skip
     """All steps from a state on, up to `depth` events: breadth first, each state (its times apart) once."""
     frontier = [(start, at)]
-    seen = {_timeless(start, at)}
+    met = {_situation(start, at)}
     for _ in range(depth):
         following = []
         for state, now in frontier:
-            for event in alphabet(state, policy, now):
+            for event in alphabet(state, policy, now, special):
                 decision = step(state, event, policy)
-                yield Explored(state, event, decision, event.at)
-                key = _timeless(decision.state, event.at)
-                if key not in seen:
-                    seen.add(key)
-                    following.append((decision.state, event.at))
+                new = False
+                if decision.state is not state or event.at != now:
+                    known = len(met)
+                    met.add(_situation(decision.state, event.at))
+                    if new := len(met) > known:
+                        following.append((decision.state, event.at))
+                yield Explored(state, event, decision, event.at, new)
         frontier = following
 
 
-def alphabet(state: State, policy: Policy, at: float) -> Iterator[Event]:
-    """Events that can happen in a state, good and bad ones."""
-    yield from _of_nodes(state, policy, at)
-    yield from _of_workers(state, at)
+def alphabet(state: State, policy: Policy, at: float, special: Collection[type[Event]] = SPECIAL) -> Iterator[Event]:
+    """Events that can happen in a state, good and bad ones; of the special ones, those of these types."""
+    yield from _of_nodes(state, policy, at, special)
+    yield from _of_workers(state, at, special)
     yield from _of_host(state, at)
-    if isinstance(state.phase, Recovering):
+    if isinstance(state.phase, Recovering) and Diagnosed in special:
         yield from (Diagnosed(at, state.incidents, cause, "a") for cause in (FaultKind.PREEMPTION, FaultKind.OUT_OF_MEMORY))
     yield from (Tick(at + wait) for wait in (policy.settle_s, policy.unwind_s, policy.start_s))
 
@@ -157,12 +170,12 @@ def _incident(state: State) -> int:
     return 0 if isinstance(state.phase, Queued) else state.incidents
 
 
-def _of_nodes(state: State, policy: Policy, at: float) -> Iterator[Event]:
+def _of_nodes(state: State, policy: Policy, at: float, special: Collection[type[Event]]) -> Iterator[Event]:
     known = [node.id for node in state.nodes]
     yield from (NodeJoined(at, name) for name in [n for n in NAMES if n not in known][:1])
     for node in state.nodes:
         yield NodeLost(at, node.id, "connection closed", state.step)
-        if node.id not in leaving(state):
+        if NodeLeaving in special and node.id not in leaving(state):
             yield from (NodeLeaving(at, node.id, at + left_s, "drain") for left_s in (SOON_S, IN_TIME_S))
         if node.starting:
             worker = fresh_worker(state, node.id)
@@ -171,7 +184,7 @@ def _of_nodes(state: State, policy: Policy, at: float) -> Iterator[Event]:
         yield from (WorkerLost(at, worker, node.id, "signal 9", state.step) for worker in node.ready)
 
 
-def _of_workers(state: State, at: float) -> Iterator[Event]:
+def _of_workers(state: State, at: float, special: Collection[type[Event]]) -> Iterator[Event]:
     group = group_of(state)
     broken = isinstance(state.phase, Recovering)
     members = state.phase.unwinding if isinstance(state.phase, Recovering) else group.members if group else ()
@@ -179,14 +192,17 @@ def _of_workers(state: State, at: float) -> Iterator[Event]:
     for hung in (members[:1], members[1:], members):
         yield Hung(at, attempt, hung, "in step for 9 s", now)
     if members and not broken:
-        yield Diverged(at, attempt, now, "loss not finite", now, 8)
-        yield Corrupted(at, attempt, max(0, now - 1), members[:1], "one differs", now)
+        if Diverged in special:
+            yield Diverged(at, attempt, now, "loss not finite", now, 8)
+        if Corrupted in special:
+            yield Corrupted(at, attempt, max(0, now - 1), members[:1], "one differs", now)
     for worker in members:
         yield WorkerRaised(at, worker, attempt, "collective failed", True, now)
         yield WorkerRaised(at, worker, attempt, "ValueError: bad", False, now)
         yield WorkerStopped(at, worker, attempt, now)
-        yield WorkerRaised(at, worker, attempt, "collective failed", True, now, stands_at=now)
-        yield WorkerStopped(at, worker, attempt, now, now, (members.index(worker),))
+        if Rescued in special:
+            yield WorkerRaised(at, worker, attempt, "collective failed", True, now, stands_at=now)
+            yield WorkerStopped(at, worker, attempt, now, now, (members.index(worker),))
         if not broken:
             yield WorkerReturned(at, worker, attempt, now)
 
@@ -215,25 +231,43 @@ def _of_host(state: State, at: float) -> Iterator[Event]:
     yield FencedOff(at, 2)
 
 
-def _timeless(value: Any, now: float) -> Any:
-    """A state with its times as ages, so that the same situation at another time is the same."""
-    if isinstance(value, State):
-        ledger, plan, nodes = value.ledger, value.plan, value.nodes
-        if any(node.asked_at for node in nodes):
-            nodes = tuple(replace(node, asked_at=min(now - node.asked_at, 5.0) if node.starting else 0.0) for node in nodes)
-        since = None if ledger.running_since is None else 0.0
-        plan = plan and replace(plan, at=0.0, hold_until=max(0.0, plan.hold_until - now))
-        ledger = replace(ledger, ran_s=0.0, running_since=since, roots=tuple(replace(r, ran_s=0.0) for r in ledger.roots))
-        return replace(
-            value, phase=_timeless(value.phase, now), changed_at=min(now - value.changed_at, 5.0), nodes=nodes, ledger=ledger,
-            retry_at=None if value.retry_at is None else value.retry_at - now, first_cause="",
-            not_before=max(0.0, value.not_before - now), plan=plan,
-            departures=tuple(replace(d, deadline=max(d.deadline - now, -1.0)) for d in value.departures),
-        )  # fmt: skip
-    times = {f.name for f in fields(value)} & {"since", "deadline"}
-    changes: dict[str, Any] = {name: getattr(value, name) - now for name in times}
-    if getattr(value, "rescue_until", None):
-        changes["rescue_until"] = value.rescue_until - now
-    if getattr(value, "incident", None) is not None:
-        changes["incident"] = replace(value.incident, at=0.0)
-    return replace(value, **changes) if changes else value
+def _situation(state: State, now: float) -> Hashable:
+    """What decisions about a state go by: its times as ages, and no words. The same situation at another time is the same.
+
+    A tuple with no more than it takes, as there are very many: times are capped where a longer one makes no difference.
+    """
+    ledger, plan, nodes = state.ledger, state.plan, state.nodes
+    asked = tuple([min(now - node.asked_at, AGE_S) if node.starting and node.asked_at else 0.0 for node in nodes])
+    return (
+        _phase(state.phase, now), asked,
+        tuple([(node.id, node.starting, node.ready, node.lost, node.failed_starts) for node in nodes]),
+        state.attempt, state.step, state.incidents, state.failures, state.last_error, state.done,
+        min(now - state.changed_at, AGE_S), state.requested, state.order, state.reached, state.asks,
+        None if state.retry_at is None else state.retry_at - now, max(0.0, state.not_before - now),
+        tuple([(d.node, min(max(d.deadline - now, -1.0), MUCH_TIME_S)) for d in state.departures]) if state.departures else (),
+        state.rollbacks, ledger.tries, ledger.running_since is None,
+        tuple([(root.name, root.spent) for root in ledger.roots]) if ledger.roots else (),
+        None if ledger.newest is None else (ledger.newest.incident, ledger.newest.cause.value, ledger.newest.root),
+        None if plan is None else (plan.incident, plan.hold_until > 0.0, max(0.0, plan.hold_until - now)),
+    )  # fmt: skip
+
+
+def _phase(phase: Phase, now: float) -> Hashable:
+    match phase:
+        case Recovering():
+            said = phase.incident
+            return (
+                Recovering, said.number, said.kind.value, said.subject, said.step, said.detail, said.root,
+                None if said.cause is None else said.cause.value, phase.unwinding, phase.found, now - phase.since,
+                phase.attempt, phase.began, phase.standing, phase.rescue_until and phase.rescue_until - now,
+            )  # fmt: skip
+        case Starting() | Finishing():
+            return type(phase), phase.group, now - phase.since
+        case Resizing():
+            return Resizing, phase.group, phase.stopped, phase.at_step, now - phase.since
+        case Suspended():
+            return Suspended, phase.incident and replace(phase.incident, at=0.0), phase.asked, now - phase.since
+        case Draining():
+            return replace(phase, deadline=phase.deadline - now)
+        case _:
+            return phase
