@@ -41,7 +41,7 @@ from ray_dr.telemetry.preemptions import in_words, preemptions
 
 WIDTH, LABEL = 120, 12
 NAMED, TRIED, OTHERS = 4, 12, 20
-EVIDENCE = 200
+EVIDENCE = 280
 PHASES = {
     "noticed": "noticed", "decided": "decided", "unwound": "survivors out of the step", "found": "version found",
     "capacity": "nodes there", "provisioned": "group formed", "fetched": "state fetched", "loaded": "loaded",

@@ -137,10 +137,13 @@ def request_missing(state: State, policy: Policy) -> tuple[State, tuple[Action, 
 
 def gained(state: State, group: Group, policy: Policy) -> tuple[str, ...]:
     """Workers that would take part in a larger group; none where the next one would be no larger: then it would be the same."""
-    if len(group.members) >= policy.nodes_max * policy.workers_per_node:
-        return ()
     members = frozenset(group.members)
-    return tuple(worker for worker in chosen(state, policy) if worker not in members)
+    if len(members) >= policy.nodes_max * policy.workers_per_node and not state.departures:
+        return ()
+    fit = chosen(state, policy)
+    if sum(worker in members for worker in fit) >= policy.nodes_max * policy.workers_per_node:
+        return ()
+    return tuple(worker for worker in fit if worker not in members)
 
 
 def idle_workers(state: State, group: Group) -> tuple[str, ...]:

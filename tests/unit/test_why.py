@@ -93,7 +93,8 @@ incident 1 at 1970-01-01 00:01:45, after step 5: the process of rank 1 (worker b
                         broke (RuntimeError: Connection closed by peer) at step 5 is set aside -> start 1 worker on node
                         b
               +60 ms    attempt 2 begins with 1 worker on 1 node from step 3 of attempt 1; going on with 1 of 2 workers:
-                        0.5 s expected; waiting for processes that are starting (2 of 2 workers) would take 5.5 s
+                        0.5 s expected; waiting for processes that are starting (2 of 2 workers) would take 5.5 s; no
+                        survivor's state stands whole at the end of a step
               +760 ms   attempt 2 runs with 1 worker
   cost        750 ms from the failure to the next step: decided 10 ms, survivors out of the step 10 ms, version found
               30 ms, group formed 200 ms, state fetched 200 ms, loaded 100 ms, first step 200 ms
@@ -115,7 +116,8 @@ incident 1 at 1970-01-01 00:01:45, after step 5: node b was lost
   tried       +20 ms    node b lost (its agent's connection closed) at step 5: going on with 1 of 2 workers -> free 1
                         worker from the broken step, ask the cluster for 2 nodes in all, look for the newest version
               +110 ms   attempt 2 begins with 1 worker on 1 node from step 3 of attempt 1; going on with 1 of 2 workers:
-                        0.5 s expected; waiting for the autoscaler (2 of 2 workers) would take 65 s
+                        0.5 s expected; waiting for the autoscaler (2 of 2 workers) would take 65 s; no survivor's state
+                        stands whole at the end of a step
               +810 ms   attempt 2 runs with 1 worker
   cost        800 ms from the failure to the next step: decided 20 ms, survivors out of the step 20 ms, version found
               60 ms, group formed 200 ms, state fetched 200 ms, loaded 100 ms, first step 200 ms
@@ -136,7 +138,8 @@ incident 1 at 1970-01-01 00:01:44, after step 5: rank 1 (worker b/0.1) stopped g
                         going on with 1 of 2 workers -> end worker b/0.1, free 1 worker from the broken step, start 1
                         worker on node b, look for the newest version
               +60.2 s   attempt 2 begins with 1 worker on 1 node from step 3 of attempt 1; going on with 1 of 2 workers:
-                        0.5 s expected; waiting for processes that are starting (2 of 2 workers) would take 5.3 s
+                        0.5 s expected; waiting for processes that are starting (2 of 2 workers) would take 5.3 s; no
+                        survivor's state stands whole at the end of a step
               +60.9 s   attempt 2 runs with 1 worker
   cost        1 min 1 s from the failure to the next step: noticed 5.30 s, let it wait (recovery.hang) 54.7 s, survivors
               out of the step 100 ms, version found 90 ms, group formed 200 ms, state fetched 200 ms, loaded 100 ms,
@@ -160,7 +163,8 @@ incident 1 at 1970-01-01 00:01:44, after step 5: node b froze: nothing came from
                         workers -> free 1 worker from the broken step, ask the cluster for 2 nodes in all, look for the
                         newest version
               +1.61 s   attempt 2 begins with 1 worker on 1 node from step 3 of attempt 1; going on with 1 of 2 workers:
-                        0.5 s expected; waiting for the autoscaler (2 of 2 workers) would take 65 s
+                        0.5 s expected; waiting for the autoscaler (2 of 2 workers) would take 65 s; no survivor's state
+                        stands whole at the end of a step
               +2.31 s   attempt 2 runs with 1 worker
   cost        2.30 s from the failure to the next step: noticed 1.50 s, decided 10 ms, survivors out of the step 50 ms,
               version found 40 ms, group formed 200 ms, state fetched 200 ms, loaded 100 ms, first step 200 ms
@@ -184,7 +188,7 @@ incident 1 at 1970-01-01 00:01:45, after step 5: rank 1 (worker b/0.1) raised Va
   tried       +10 ms    worker b/0.1 raised ValueError: shape mismatch at step 5: going on with 2 of 2 workers -> free 1
                         worker from the broken step, look for the newest version
               +160 ms   attempt 2 begins with 2 workers on 2 nodes from step 3 of attempt 1; going on with 2 of 2
-                        workers: 0.5 s expected
+                        workers: 0.5 s expected; no survivor's state stands whole at the end of a step
               +810 ms   attempt 2 runs with 2 workers
   cost        800 ms from the failure to the next step: decided 10 ms, survivors out of the step 100 ms, version found
               40 ms, group formed 10 ms, state fetched 340 ms, loaded 100 ms, first step 200 ms

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ray_dr.cli.why import describe, standing
 from ray_dr.model.checkpoint import VersionId
 from ray_dr.model.codec import to_json
-from ray_dr.model.events import Corrupted, Diverged, InventoryTaken, WorkerStopped
+from ray_dr.model.events import Corrupted, Diverged, InventoryTaken, Tick, WorkerStopped
 from ray_dr.model.journal import Noted, Record
 from ray_dr.model.signal import FaultKind, Finding
 from ray_dr.recovery.why import tell
@@ -76,10 +76,12 @@ def test_two_replicas_of_which_nobody_knows() -> None:
 def test_the_end_names_steps_and_samples_and_is_not_to_be_run_again() -> None:
     life = five_steps()
     for attempt, (onset, last) in enumerate(((3, 5), (4, 6), (3, 5), (4, 6)), 1):
-        life.meet(Diverged(105.0 + attempt, attempt, onset, f"gradients of steps {onset} to {last}", last, 8))
+        at = 100.0 + 10 * attempt
+        life.meet(Diverged(at, attempt, onset, f"gradients of steps {onset} to {last}", last, 8))
         for worker in ("a/0.1", "b/0.1"):
-            life.meet(WorkerStopped(105.1 + attempt, worker, attempt, last))
-        life.meet(InventoryTaken(105.2 + attempt, attempt, VersionId(attempt, onset - 1)))
+            life.meet(WorkerStopped(at + 0.1, worker, attempt, last))
+        life.meet(InventoryTaken(at + 0.2, attempt, VersionId(attempt, onset - 1)))
+        life.meet(Tick(at + 8.0))  # what fails again and again is not tried again at once
     told = tell(life.records)
     assert told is not None
     said = " ".join(standing("night", told, now=180.0).split())
