@@ -105,7 +105,7 @@ def train(ctx):
     torch.manual_seed(beside.SEED)
     model = DDP(torch.nn.Linear(4, 1))
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    data = ctx.data([torch.full((4,), float(i)) for i in range(64)], global_batch=8)
+    data = ctx.data([torch.full((4,), i / 64) for i in range(64)], global_batch=8)
     state = ctx.restore(model=model, optimizer=optimizer, data=data)
     for batch in ctx.steps(state, until=int(ctx.settings["steps"])):
         model(batch).square().mean().backward()
