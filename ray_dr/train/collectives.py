@@ -56,10 +56,17 @@ def join(address: str, own: TCPStore, *, attempt: int, rank: int, world: int, ba
     dist.init_process_group(backend, store=prefixed, rank=rank, world_size=world, timeout=GROUP_TIMEOUT)
 
 
-def leave() -> None:
-    """End the default group; its sockets close, so that peers notice."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+def leave() -> tuple[Any, ...]:
+    """End the default group; its sockets close, so that peers notice.
+
+    To be kept until everything that refers to groups is collected: the end of DDP's reducer, were it the last to refer to one,
+    would wait for that group's threads without letting go of Python's lock, and they may wait for the lock.
+    """
+    groups = _groups()
+    if groups:
+        with contextlib.suppress(RuntimeError):  # a broken group may complain
+            dist.destroy_process_group()
+    return groups
 
 
 class Breaker:

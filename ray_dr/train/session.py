@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import hashlib
 import os
@@ -155,12 +154,12 @@ class Session:
             outcome = self._raised(a, control, error)
             traceback.clear_frames(error.__traceback__)
         self._link.beacon.enter(WorkerPhase.DONE)
-        with contextlib.suppress(RuntimeError):  # a broken group may complain: the outcome is told all the same
-            collectives.leave()
+        groups = collectives.leave()
         if (stood := self._stood) is not None and not isinstance(outcome, WorkerReturned):
             outcome = replace(outcome, stands_at=stood.version.step, twins=stood.twins)
         self._link.pools.drop()  # a program that restored nothing
         gc.collect()
+        del groups
         self._link.event(outcome)
 
     def _attempt(self, a: Assignment, control: Control) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from ray_dr import config
-from ray_dr.actors import launch, supervisor
+from ray_dr.actors import launch
 from ray_dr.actors.perform import Found
 from ray_dr.checkpoint import depot
 from ray_dr.model.job import Job, StoreTier
@@ -43,8 +43,8 @@ class NoCluster:
 def opened(store: Store, monkeypatch: pytest.MonkeyPatch) -> list[Record]:
     """What a supervisor's journal holds when it has opened its job."""
     monkeypatch.setattr(depot, "open_store", lambda _: store)
-    monkeypatch.setattr(supervisor, "Performer", NoCluster)
-    host = supervisor.Host(JOB, b"", b"")
+    monkeypatch.setattr(hosts, "Performer", NoCluster)
+    host = hosts.Host(JOB, b"", b"")
     host._open()
     assert host.journal.close()
     return list(read_journal(store, JOB.name))
