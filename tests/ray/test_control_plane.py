@@ -202,7 +202,11 @@ def end(process: subprocess.Popen[str], status: int) -> tuple[str, str]:
 def begun_again(done: Program) -> float:
     """When the first step of a later attempt was done, UTC seconds; from then on the job goes as fast as it can."""
     jobs.until(lambda: done.lease().term > 1 and done.lease().phase == "Running", "another attempt", AGAIN_S)
-    at = min(r.at for r in done.records() if isinstance(r, Stepped) and r.record.attempt > 1)
+
+    def steps() -> list[float]:
+        return [r.at for r in done.records() if isinstance(r, Stepped) and r.record.attempt > 1]
+
+    at = min(jobs.until(steps, "a step of it in the journal", AGAIN_S))
     (done.folder.parent / "gate").touch()
     return at
 

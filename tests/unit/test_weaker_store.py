@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from ray_dr import config
+from ray_dr.actors import host as hosts
 from ray_dr.actors import launch
 from ray_dr.actors.perform import Found
 from ray_dr.checkpoint import depot
