@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ray.exceptions import OutOfMemoryError
 
 from ray_dr.actors import cluster
-from ray_dr.actors.sensing import short
-from ray_dr.model import codec
+from ray_dr.actors.sensing import short, write_down
 from ray_dr.model.signal import FaultKind, Finding, Subject
 
 if TYPE_CHECKING:
@@ -37,6 +36,5 @@ def _told(host: Host, worker: str, node: str, handle: Any, answer: Future[Any]) 
     said = " ".join(str(error).split())[:DETAIL_CHARS]
     evidence = f"worker {worker} was ended for the memory it used: Ray's memory watch says {said}"
     now = time.monotonic()
-    finding = Finding("out_of_memory", FaultKind.OUT_OF_MEMORY, (Subject(short(node), worker),), now, now, evidence)
-    fields = {key: value for key, value in codec.to_json(finding).items() if key not in ("at", "since")}
-    host.note("finding", **fields, began=time.time())
+    subject = Subject(short(node), worker)
+    write_down(host, Finding("out_of_memory", FaultKind.OUT_OF_MEMORY, (subject,), now, now, evidence))

@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ray_dr.actors import cluster
-from ray_dr.actors.sensing import short
+from ray_dr.actors.sensing import short, write_down
 from ray_dr.detection.preflight import Doubt, doubts, verdict
 from ray_dr.model import codec
 from ray_dr.model.preflight import Figures
@@ -104,9 +104,7 @@ class Preflight:
             return
         evidence = f"node {short(node)} was found bad when it came: {why}"
         now = time.monotonic()
-        finding = Finding("preflight", FaultKind.PREFLIGHT, (Subject(short(node)),), now, now, evidence)
-        fields = {key: value for key, value in codec.to_json(finding).items() if key not in ("at", "since")}
-        self._host.note("finding", **fields, began=time.time())
+        write_down(self._host, Finding("preflight", FaultKind.PREFLIGHT, (Subject(short(node)),), now, now, evidence))
         self._host.machines.condemn(node, FaultKind.PREFLIGHT, why)
         self._host.perform.lose_node(node, evidence)
 

@@ -49,6 +49,12 @@ def short(node: str) -> str:
     return f"{node[:8]}{node[-5:]}"
 
 
+def write_down(host: Host, finding: Finding) -> None:
+    """What was found goes to the journal, with when it began (UTC seconds). From any thread."""
+    fields = {key: value for key, value in codec.to_json(finding).items() if key not in ("at", "since")}
+    host.note("finding", **fields, began=round(time.time() - (time.monotonic() - finding.since), 3))
+
+
 class Senses:
     """Belongs to the host's one thread."""
 
@@ -150,9 +156,7 @@ class Senses:
             if self._group is not None and sample is not self._group:
                 self._take(replace(self._group, at=self._at))
         for finding in found:
-            fields = {key: value for key, value in codec.to_json(finding).items() if key not in ("at", "since")}
-            began = round(time.time() - (time.monotonic() - finding.since), 3)
-            self._host.note("finding", **fields, began=began)
+            write_down(self._host, finding)
             self._act(finding)
 
     def _act(self, finding: Finding) -> None:
