@@ -127,9 +127,9 @@ def _kill_once(cluster: LocalCluster, story: Story, measured: Measured, number: 
     waiting = wanted.standby_nodes + NODES * wanted.standby_processes
     story.until(lambda: story.settled(settle, waiting), "two workers at work, with a copy in memory")
     group = story.group
-    members = _members(group)
+    members = members_of(group)
     rank = number % NODES
-    if case.kind == "node" and _hosts_supervisor(cluster, members[rank]["node"]):
+    if case.kind == "node" and hosts_supervisor(cluster, members[rank]["node"]):
         rank = (rank + 1) % NODES  # two losses at once are another case
     killed = time.time()
     _kill(cluster, case, members[rank])
@@ -243,7 +243,7 @@ class Story:
         return {name: at - killed for name, at in ordered}
 
 
-def _members(group: Group) -> list[dict[str, Any]]:
+def members_of(group: Group) -> list[dict[str, Any]]:
     """Node and process of each member, in rank order."""
     handles = [ray.get_actor(f"worker:{JOB}:{member}", namespace=names.NAMESPACE) for member in group.members]
     return ray.get([handle.describe.remote() for handle in handles])
@@ -256,7 +256,7 @@ def _kill(cluster: LocalCluster, case: Case, member: dict[str, Any]) -> None:
         os.kill(member["pid"], signal.SIGKILL)
 
 
-def _hosts_supervisor(cluster: LocalCluster, node_id: str) -> bool:
+def hosts_supervisor(cluster: LocalCluster, node_id: str) -> bool:
     node = next(node for node in cluster.nodes() if node.node_id == node_id)
     return any(b"Supervisor" in _command(pid) for pid in node.pids)
 

@@ -96,8 +96,8 @@ class Bench:
         """A node that stands still, until another one is in its place."""
         self._settle()
         group = self.story.group
-        members = kills._members(group)
-        rank = next(rank for rank in range(NODES) if not kills._hosts_supervisor(self.cluster, members[rank]["node"]))
+        members = kills.members_of(group)
+        rank = next(rank for rank in range(NODES) if not kills.hosts_supervisor(self.cluster, members[rank]["node"]))
         node, before = members[rank]["node"], time.time()
         self.cluster.freeze_node(node)
         self.story.until(lambda: self._lost(node, before) is not None, "the frozen node to be noticed")

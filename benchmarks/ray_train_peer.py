@@ -127,7 +127,7 @@ def check_installed() -> None:
 def measure(case: Case) -> Measured:
     """Kill nodes under a Ray Train job and time how it gets over it."""
     with tempfile.TemporaryDirectory(prefix="rts-") as folder, local_cluster(case) as cluster:
-        with _job(cluster, case, Path(folder)) as story:
+        with job(cluster, case, Path(folder)) as story:
             measured = Measured(case)
             try:
                 for number in range(case.kills):
@@ -139,7 +139,7 @@ def measure(case: Case) -> Measured:
 
 
 @contextlib.contextmanager
-def _job(cluster: LocalCluster, case: Case, folder: Path) -> Iterator[Story]:
+def job(cluster: LocalCluster, case: Case, folder: Path) -> Iterator[Story]:
     config = {"address": cluster.address, "storage": str(folder / "storage"), "out": str(folder / "steps.jsonl"),
               **case.settings}  # fmt: skip
     environment = {**os.environ, **cluster.env, **TUNED}
@@ -163,8 +163,8 @@ def _kill_once(cluster: LocalCluster, case: Case, story: Story, measured: Measur
     broken = [line for line in last if line["entered"] > newest - 30]
     killed = time.time()
     cluster.kill_node(victim)
-    lines = story.until(lambda found: _first(found, killed, 1) is not None, "a step after the kill")
-    after = _first(lines, killed, 1)
+    lines = story.until(lambda found: first_whole_step(found, killed, 1) is not None, "a step after the kill")
+    after = first_whole_step(lines, killed, 1)
     assert after is not None
     restored = next(line["step"] for line in lines if line["kind"] == "restored" and line["entered"] > killed)
     entered = min(line["entered"] for line in lines if line["entered"] > killed)
@@ -178,8 +178,8 @@ def _kill_once(cluster: LocalCluster, case: Case, story: Story, measured: Measur
         return
     cluster.add_node()
     joined = killed if case.spare else time.time()
-    lines = story.until(lambda found: _first(found, killed, WORKERS) is not None, "two workers after the kill")
-    full = _first(lines, killed, WORKERS)
+    lines = story.until(lambda found: first_whole_step(found, killed, WORKERS) is not None, "two workers after the kill")
+    full = first_whole_step(lines, killed, WORKERS)
     assert full is not None
     measured.back.append(max(0.0, full[1] - joined))
     say(f"  back at two workers after {measured.back[-1]:.2f} s")
@@ -218,7 +218,7 @@ def _settled(lines: list[dict[str, Any]]) -> bool:
     return bool(done) and max(done) - min(done) >= SETTLED_STEPS + CHECKPOINT_EVERY
 
 
-def _first(lines: list[dict[str, Any]], killed: float, world: int) -> tuple[int, float, int] | None:
+def first_whole_step(lines: list[dict[str, Any]], killed: float, world: int) -> tuple[int, float, int] | None:
     """(step, when, workers) of the first step done by all ranks of a group of at least `world` begun after a kill."""
     done: dict[tuple[int, int], dict[int, float]] = {}
     for line in lines:

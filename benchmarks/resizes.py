@@ -59,16 +59,16 @@ def theirs(depth: int, times: int) -> list[float]:
     with (
         tempfile.TemporaryDirectory(prefix="rts-") as folder,
         _small_cluster() as cluster,
-        ray_train_peer._job(cluster, case, Path(folder)) as story,
+        ray_train_peer.job(cluster, case, Path(folder)) as story,
     ):
         for _ in range(times):
             since = time.time()
             story.until(lambda lines, since=since: _count(lines, 1, since) >= SETTLED_STEPS, "one worker at work")
             joined, node = time.time(), cluster.add_node()
             lines = story.until(
-                lambda lines, since=joined: ray_train_peer._first(lines, since, 2) is not None, "a step of two workers"
+                lambda lines, since=joined: ray_train_peer.first_whole_step(lines, since, 2) is not None, "a step of two workers"
             )
-            first = ray_train_peer._first(lines, joined, 2)
+            first = ray_train_peer.first_whole_step(lines, joined, 2)
             assert first is not None
             small = [line["at"] for line in lines if line["kind"] == "step" and line["world"] == 1]
             found.append(first[1] - max(at for at in small if at < first[1]))

@@ -237,11 +237,6 @@ def read_journal(store: Store, job: str) -> Iterator[Record]:
         before = term, number
 
 
-def last_attempt(store: Store, job: str) -> int:
-    """The highest attempt any record knows of; 0 when there is none. Raises StoreError, and ValueError for a damaged line."""
-    return last_known(store, job)[0]
-
-
 def last_known(store: Store, job: str) -> tuple[int, tuple[Rollback, ...]]:
     """The highest attempt any record knows of, and what is known to be of no use any more. Reads the journal from its end to the
     newest record that knows all before it: a decision, or, where none was taken for long, a note with ATTEMPTS. Raises

@@ -194,8 +194,8 @@ def test_the_peers_recovery_counts_only_steps_done_by_a_whole_group_begun_after_
 
     old = [line(0, 2, 1.0, 11.0), line(1, 2, 1.0, 11.0)]
     half = line(0, 2, 12.0, 13.0)
-    assert ray_train_peer._first([*old, half], 10.0, 1) is None
-    assert ray_train_peer._first([*old, half, line(1, 2, 12.0, 14.0)], 10.0, 1) == (7, 14.0, 2)
+    assert ray_train_peer.first_whole_step([*old, half], 10.0, 1) is None
+    assert ray_train_peer.first_whole_step([*old, half, line(1, 2, 12.0, 14.0)], 10.0, 1) == (7, 14.0, 2)
 
 
 def test_a_gate_times_the_steps_of_its_turn_only(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from ray_dr.telemetry.journal import (
     READERS,
     Journal,
     Reader,
-    last_attempt,
+    last_known,
     read_journal,
     read_tail,
     segment_key,
@@ -266,16 +266,16 @@ def test_a_reader_gives_only_what_is_new() -> None:
 
 def test_knows_the_last_attempt_from_the_journal_alone() -> None:
     store = MemoryStore()
-    assert last_attempt(store, "job") == 0
+    assert last_known(store, "job")[0] == 0
     journal = open_journal(store)
     journal.append(stepped(1, attempt=3))
     assert journal.flush(10.0)
-    assert last_attempt(store, "job") == 3
+    assert last_known(store, "job")[0] == 3
     journal.append(Decided(1.0, 1, 1, Opened(1.0, 1, 3), State(Queued(), attempt=4), (), "opened"))
     assert journal.flush(10.0)
     journal.append(stepped(1, attempt=2))
     journal.close()
-    assert last_attempt(store, "job") == 4
+    assert last_known(store, "job")[0] == 4
 
 
 def test_the_last_attempt_of_a_long_calm_life_is_told_by_its_newest_segments(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,7 +290,7 @@ def test_the_last_attempt_of_a_long_calm_life_is_told_by_its_newest_segments(mon
         assert journal.close()
     get = MemoryStore.get
     monkeypatch.setattr(MemoryStore, "get", lambda self, key, **piece: (read.append(key), get(self, key, **piece))[1])
-    assert last_attempt(store, "job") == 8, "late steps of an older attempt tell less"
+    assert last_known(store, "job")[0] == 8, "late steps of an older attempt tell less"
     assert 300 - 250 <= len(read) <= 50 + READERS
 
 

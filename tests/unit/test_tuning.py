@@ -21,7 +21,7 @@ from ray_dr.model.journal import Decided, Noted, PartSaved, Where
 from ray_dr.model.recovery import Group, Node, Running, Starting, State
 from ray_dr.stores.base import Store
 from ray_dr.stores.memory import MemoryStore
-from ray_dr.telemetry.journal import Journal, last_attempt, read_journal
+from ray_dr.telemetry.journal import Journal, last_known, read_journal
 
 GROUP = Group(1, ("a/0",), None)
 AGAIN = Group(2, ("a/0",), VersionId(1, 3))
@@ -150,7 +150,7 @@ def test_what_is_counted_is_noted_so_that_the_next_life_need_not_read_it_all(mon
     (note,) = host.notes
     assert note.name == COUNTED
     write(host.store, 1, note)
-    assert last_attempt(host.store, "job") == 3
+    assert last_known(host.store, "job")[0] == 3
     assert count_losses(read_journal(host.store, "job")) == host.pace.losses.tally()
 
 
